@@ -1,0 +1,18 @@
+"""Batch normalization for JAX: torch's semantics as pure functions over pytrees.
+
+The Flax modules live in `jaxbn.linen`, which is imported on its own: `import jaxbn` needs jax only.
+"""
+
+from importlib.metadata import version as _version
+
+from jaxbn._batch_norm import batch_norm as batch_norm
+from jaxbn._moments import Moments as Moments
+from jaxbn._moments import batch_moments as batch_moments
+from jaxbn._moments import merge_moments as merge_moments
+from jaxbn._normalize import batch_normalize as batch_normalize
+from jaxbn._normalize import normalize as normalize
+from jaxbn._stats import BatchStats as BatchStats
+from jaxbn._stats import init_batch_stats as init_batch_stats
+from jaxbn._stats import update_batch_stats as update_batch_stats
+
+__version__ = _version("jaxbn")

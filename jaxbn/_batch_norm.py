@@ -1,0 +1,104 @@
+"""Batch norm whole: normalize, and keep the running statistics."""
+
+from typing import Any, TypeVar
+
+import jax
+from jax.typing import ArrayLike
+
+from jaxbn._moments import Moments
+from jaxbn._normalize import batch_normalize, normalize
+from jaxbn._stats import BatchStats, update_batch_stats
+
+Stats = TypeVar("Stats", BatchStats, None, BatchStats | None)
+
+
+def batch_norm(
+    x: ArrayLike,
+    stats: Stats,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    train: bool | jax.Array,
+    momentum: ArrayLike | None = 0.1,
+    unbiased: bool = True,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    axis_name: Any = None,
+    mask: ArrayLike | None = None,
+    activation: Any = None,
+    residual: ArrayLike | None = None,
+) -> tuple[jax.Array, Stats]:
+    """Batch norm in training or in inference mode, with its running statistics.
+
+        train      y, moments = batch_normalize(x);  stats' = update_batch_stats(stats, moments)
+        inference  y = normalize(x, stats.mean, stats.var);  stats' = stats
+
+    In training the biased variance of the batch normalizes, and the unbiased one goes into the
+    running statistics: `new = (1 − momentum)·old + momentum·batch`, as in torch. Without
+    statistics to keep (`stats=None`) the batch normalizes itself in both modes.
+
+    Args:
+      x: input, channels at `axis`; float16, bfloat16, float32 or float64.
+      stats: running statistics of shape `[C]`, or None where none are kept.
+      scale: γ, shape `[C]`; None means 1.
+      bias: β, shape `[C]`; None means 0.
+      train: True for training mode. A traced bool compiles both modes under `jax.lax.cond`, so `x`
+        must then be fit for training.
+      momentum: weight of the new batch, in [0, 1]; None for the cumulative average.
+      unbiased: whether the running variance is the unbiased one; the output never depends on it.
+      axis: the channel axis of `x`: 1 for torch's layouts, -1 for channels last.
+      epsilon: added to the variance inside the square root; a Python number, positive in training.
+      axis_name: reserved for moments across devices.
+      mask: reserved for samples that do not count.
+      activation: reserved for a fused activation.
+      residual: reserved for a fused residual input.
+
+    Returns:
+      `(y, stats)`: `y` in the shape and dtype of `x`; the new statistics, without gradient, or None
+      where `stats` is None.
+
+    Raises:
+      TypeError: an array is not real floating point, `stats` is narrower than float32.
+      ValueError: there is one value per channel in training, a shape does not fit, `epsilon` or
+        `momentum` is out of range.
+      NotImplementedError: a reserved argument is given.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> x = jnp.arange(15.0).reshape(3, 5)
+      >>> y, stats = jaxbn.batch_norm(x, jaxbn.init_batch_stats(5), train=True, momentum=0.5)
+      >>> y[:, 0].round(4), stats.mean
+      (Array([-1.2247,  0.    ,  1.2247], dtype=float32), \
+Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
+      >>> y, _ = jaxbn.batch_norm(x, stats, train=False)
+      >>> bool(jnp.allclose(y, (x - stats.mean) / jnp.sqrt(stats.var + 1e-5)))
+      True
+
+    References:
+      Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167;
+      `torch.nn.BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d`.
+    """
+    options: dict[str, Any] = {
+        "axis": axis,
+        "epsilon": epsilon,
+        "activation": activation,
+        "residual": residual,
+    }
+
+    def normalize_by_batch() -> tuple[jax.Array, Moments]:
+        return batch_normalize(x, scale, bias, axis_name=axis_name, mask=mask, **options)
+
+    if stats is None:
+        return normalize_by_batch()[0], None
+
+    def in_training() -> tuple[jax.Array, BatchStats]:
+        y, moments = normalize_by_batch()
+        return y, update_batch_stats(stats, moments, momentum=momentum, unbiased=unbiased)
+
+    def in_inference() -> tuple[jax.Array, BatchStats]:
+        return normalize(x, stats.mean, stats.var, scale, bias, **options), stats
+
+    if isinstance(train, jax.Array):
+        y, stats = jax.lax.cond(train, in_training, in_inference)
+        return y, stats
+    return in_training() if train else in_inference()

@@ -1,0 +1,113 @@
+"""Argument checks: each error names the requirement, what arrived and the fix.
+
+They look at shapes, dtypes and Python numbers only, never at the values of arrays, so they run
+at trace time and cost nothing in compiled code.
+"""
+
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def statistics_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """The dtype that statistics of such data are computed in: float32, or float64 for float64."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def checked_float(value: ArrayLike, name: str) -> jax.Array:
+    """`value` as an array, refused unless it is real floating point."""
+    array = jnp.asarray(value)
+    if array.dtype.name not in FLOAT_DTYPES:
+        raise TypeError(
+            f"`{name}` must have one of the dtypes {', '.join(FLOAT_DTYPES)}; got {array.dtype}. "
+            f"Convert it first, for example with {name}.astype(jnp.float32)."
+        )
+    return array
+
+
+def checked_axis(shape: tuple[int, ...], axis: int) -> int:
+    """The channel axis of an array of this shape, counted from the front."""
+    try:
+        index = operator.index(axis)
+    except TypeError:
+        raise TypeError(
+            f"`axis` must be one int, the channel axis of `x`; got {axis!r}. "
+            "Every other axis is reduced."
+        ) from None
+    if not -len(shape) <= index < len(shape):
+        raise ValueError(
+            f"`axis` must name an axis of `x`, from {-len(shape)} to {len(shape) - 1}; "
+            f"got axis={axis} for x.shape={shape}."
+        )
+    if shape[index] == 0:
+        raise ValueError(
+            f"`x` must have at least 1 channel; got 0 at axis={axis} for x.shape={shape}."
+        )
+    return index % len(shape)
+
+
+def checked_input(x: ArrayLike, axis: int) -> tuple[jax.Array, int]:
+    """`x` as an array, and its channel axis counted from the front."""
+    x = checked_float(x, "x")
+    return x, checked_axis(x.shape, axis)
+
+
+def checked_vector(value: ArrayLike, name: str, x: jax.Array, axis: int) -> jax.Array:
+    """`value` as an array, refused unless it holds one number for each channel of `x`."""
+    vector = checked_float(value, name)
+    if vector.shape != (x.shape[axis],):
+        raise ValueError(
+            f"`{name}` must have shape ({x.shape[axis]},), the size of `x` along axis={axis}; "
+            f"got {vector.shape} for x.shape={x.shape}.{axis_hint(x.shape, axis, vector.shape)}"
+        )
+    return vector
+
+
+def axis_hint(shape: tuple[int, ...], axis: int, expected: tuple[int, ...]) -> str:
+    """Names the axis that the caller may have meant: the other usual one, if its size fits."""
+    other, layout = (1, "channels-first") if axis == len(shape) - 1 else (-1, "channels-last")
+    if len(shape) < 2 or expected != (shape[other],):
+        return ""
+    return f" For {layout} inputs pass axis={other}."
+
+
+def check_epsilon(epsilon: float, *, train: bool) -> None:
+    """Positive in training, non-negative in evaluation, finite."""
+    if not isinstance(epsilon, int | float):
+        raise TypeError(f"`epsilon` must be a Python number, got {epsilon!r}.")
+    if not math.isfinite(epsilon) or epsilon < 0 or (train and epsilon == 0):
+        requirement = "positive during training" if train else "non-negative"
+        raise ValueError(f"`epsilon` must be finite and {requirement}; got {epsilon}.")
+
+
+def check_momentum(momentum: ArrayLike | None) -> None:
+    """None, or in [0, 1] where it is a Python number; an array is taken as it is."""
+    if isinstance(momentum, int | float) and not 0 <= momentum <= 1:
+        raise ValueError(
+            "`momentum` must be None or between 0 and 1, the weight of the new batch in "
+            f"(1 - momentum) * old + momentum * batch; got {momentum}."
+        )
+
+
+def check_values_per_channel(x: jax.Array, axis: int) -> None:
+    """One value per channel has no variance to divide by."""
+    if x.size == x.shape[axis]:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}"
+        )
+
+
+def check_implemented(**arguments: object) -> None:
+    """Refuses arguments whose names are reserved but whose meaning is not there yet."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"`{name}` is not implemented yet; leave it at None. Got {value!r}."
+            )

@@ -1,0 +1,147 @@
+"""Running statistics: the value a model keeps, and the only place that knows about momentum."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn._checks import check_momentum
+from jaxbn._moments import Moments
+
+
+class BatchStats(NamedTuple):
+    """Running mean and variance of the batches seen in training, and how many they were.
+
+    Attributes:
+      mean: running mean, shape `[C]`, float32 or float64 (torch `running_mean`).
+      var: running variance, shape `[C]`, dtype of `mean`; unbiased in torch's convention (torch
+        `running_var`).
+      count: batches folded in, shape `[]`, int32 (torch `num_batches_tracked`).
+
+    Example:
+      >>> import jaxbn
+      >>> jaxbn.init_batch_stats(2)
+      BatchStats(mean=Array([0., 0.], dtype=float32), var=Array([1., 1.], dtype=float32), \
+count=Array(0, dtype=int32))
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as documented
+
+
+def init_batch_stats(num_features: int, dtype: DTypeLike = jnp.float32) -> BatchStats:
+    """Running statistics before the first batch: mean 0, variance 1, count 0.
+
+    Args:
+      num_features: the number of channels, C ≥ 1.
+      dtype: float32, or float64 where 64-bit types are enabled.
+
+    Returns:
+      `BatchStats` with vectors of shape `[C]`.
+
+    Raises:
+      TypeError: `dtype` is narrower than float32.
+      ValueError: `num_features` is less than 1.
+
+    Example:
+      >>> import jaxbn
+      >>> jaxbn.init_batch_stats(3).var
+      Array([1., 1., 1.], dtype=float32)
+
+    References:
+      `torch.nn.BatchNorm2d.reset_running_stats`.
+    """
+    if num_features < 1:
+        raise ValueError(f"`num_features` must be at least 1; got {num_features}.")
+    stats = BatchStats(
+        jnp.zeros(num_features, dtype), jnp.ones(num_features, dtype), jnp.zeros((), jnp.int32)
+    )
+    _check_dtypes(stats)
+    return stats
+
+
+def update_batch_stats(
+    stats: BatchStats,
+    moments: Moments,
+    *,
+    momentum: ArrayLike | None = 0.1,
+    unbiased: bool = True,
+) -> BatchStats:
+    """Folds the moments of one batch into the running statistics.
+
+        count' = count + 1
+        mean'  = (1 − momentum)·mean + momentum·moments.mean
+        var'   = (1 − momentum)·var  + momentum·moments.var·n/(n − 1)       n = moments.count
+
+    `momentum` is the weight of the **new** batch, as in torch; Flax's `momentum` is one minus it.
+    None weights every batch alike: `momentum = 1/count'`, the cumulative average. The mean of an
+    empty batch (n = 0) and the unbiased variance of a single sample do not exist: the old values
+    stay, and `count` moves all the same. No gradient flows through the result.
+
+    Args:
+      stats: the running statistics, vectors of shape `[C]`.
+      moments: those of the batch, vectors of shape `[C]`.
+      momentum: a number in [0, 1], a traced scalar, or None.
+      unbiased: keep the variance divided by n − 1 (torch), or by n (Flax, Keras, ONNX).
+
+    Returns:
+      New `BatchStats`, in the dtypes of `stats`.
+
+    Raises:
+      TypeError: `stats` is narrower than float32, or its count is not an integer.
+      ValueError: the shapes differ, or `momentum` is a number outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> moments = jaxbn.batch_moments(jnp.array([[1.0, 2.0], [3.0, 6.0]]))
+      >>> moments.mean, moments.var
+      (Array([2., 4.], dtype=float32), Array([1., 4.], dtype=float32))
+      >>> stats = jaxbn.update_batch_stats(jaxbn.init_batch_stats(2), moments, momentum=0.5)
+      >>> stats.mean, stats.var, int(stats.count)
+      (Array([1., 2.], dtype=float32), Array([1.5, 4.5], dtype=float32), 1)
+
+    References:
+      `torch.nn.BatchNorm2d`: `running_mean`, `running_var`, `num_batches_tracked`.
+    """
+    check_momentum(momentum)
+    stats, moments = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, (stats, moments)))
+    _check_dtypes(stats)
+    _check_shapes(stats, moments)
+    dtype = stats.mean.dtype
+    count = stats.count + 1
+    factor = 1 / count.astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
+    n = moments.count.astype(dtype)
+    mean = moments.mean.astype(dtype)
+    var = moments.var.astype(dtype)
+    if unbiased:
+        var = var * (n / jnp.maximum(n - 1, 1))
+    return BatchStats(
+        jnp.where(n > 0, (1 - factor) * stats.mean + factor * mean, stats.mean),
+        jnp.where(n > unbiased, (1 - factor) * stats.var + factor * var, stats.var),
+        count,
+    )
+
+
+def _check_dtypes(stats: BatchStats) -> None:
+    for name, vector in (("mean", stats.mean), ("var", stats.var)):
+        if vector.dtype not in (jnp.float32, jnp.float64):
+            raise TypeError(
+                f"Running statistics must be float32 or float64; got stats.{name} of dtype "
+                f"{vector.dtype}, in which small updates are lost. Use .astype(jnp.float32)."
+            )
+    if not jnp.issubdtype(stats.count.dtype, jnp.integer):
+        raise TypeError(
+            "`stats.count` must be an integer array, the number of batches; "
+            f"got {stats.count.dtype}. Use .astype(jnp.int32)."
+        )
+
+
+def _check_shapes(stats: BatchStats, moments: Moments) -> None:
+    shapes = [v.shape for v in (stats.mean, stats.var, moments.mean, moments.var)]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            "Running statistics and moments must describe the same channels; got stats.mean "
+            "{}, stats.var {}, moments.mean {}, moments.var {}.".format(*shapes)
+        )

@@ -1,0 +1,53 @@
+"""Sums over everything but the channels, and their transpose: handing a vector to every position.
+
+JAX turns each into the other when it transposes, so the sums of a backward pass are these too.
+
+A compiler sums a small array one element after the other, and in float32 the rounding errors of a
+few hundred additions show. A small array is therefore summed in two parts: `high`, which is `x`
+rounded to five significant bits, and `low = x − high`. Sums of `high` are nearly exact, having
+nineteen bits to spare, and sums of `low` lose 2⁵ times less than sums of `x`. Larger arrays are
+left to the compiler, which adds those in blocks.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+SMALL = 2**15  # elements; from some 2¹³ on XLA:CPU adds in blocks
+
+
+def reduced_axes(ndim: int, axis: int) -> tuple[int, ...]:
+    """Every axis but the channel axis."""
+    return tuple(i for i in range(ndim) if i != axis)
+
+
+def sum_over(x: jax.Array, axis: int) -> jax.Array:
+    """Sum of `x` over every axis but `axis`: shape `[C]`."""
+    axes = reduced_axes(x.ndim, axis)
+    if not _in_two_parts(x.shape, x.dtype):
+        return x.sum(axes)
+    high = _high(x)
+    return high.sum(axes) + (x - high).sum(axes)
+
+
+def mean_over(x: jax.Array, axis: int) -> jax.Array:
+    """Mean of `x` over every axis but `axis`; zero where there is nothing to average."""
+    return sum_over(x, axis) / max(1, x.size // x.shape[axis])
+
+
+def expand(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """`vector` along `axis`, broadcastable to `shape`; its transpose is `sum_over`."""
+    if not _in_two_parts(shape, vector.dtype):
+        return jnp.expand_dims(vector, reduced_axes(len(shape), axis))
+    # Two broadcasts, for two sums when transposed: of _high(cotangent), and of the rest.
+    once, again = (jax.lax.broadcast_in_dim(vector, shape, (axis,)) for _ in range(2))
+    return _high(once) + (again - _high(again))
+
+
+def _high(x: jax.Array) -> jax.Array:
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=4)
+
+
+def _in_two_parts(shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
+    return dtype == jnp.float32 and math.prod(shape) <= SMALL

@@ -1,0 +1,138 @@
+"""`BatchNorm` with the constructor and the conventions of `flax.linen.BatchNorm`."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from flax.typing import Dtype, Initializer
+from jax.typing import ArrayLike
+
+from jaxbn._checks import check_implemented, check_momentum, checked_axis
+from jaxbn.linen._variables import (
+    check_channels,
+    normalize_with,
+    running_statistics,
+    scale_and_bias,
+)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm with the constructor, defaults and variables of `flax.linen.BatchNorm`.
+
+        train      y = (x − E[x]) · scale / √(Var[x] + epsilon) + bias
+                   mean' = momentum·mean + (1 − momentum)·E[x]
+                   var'  = momentum·var  + (1 − momentum)·Var[x]
+        inference  y = (x − mean) · scale / √(var + epsilon) + bias
+
+    `momentum` is Flax's: the weight of the **old** statistics, 0.99 to keep 99 %.
+
+    Variables: `params` holds `scale` and `bias`, `batch_stats` holds `mean` and `var`, all of shape
+    `[C]`, as Flax names and stores them, so its checkpoints read unchanged. Initialization leaves
+    the statistics at mean 0 and variance 1.
+
+    It differs from Flax where Flax's numbers are wrong: the variance does not cancel under a large
+    mean, no gradient flows into the statistics, one value per channel in training is an error, an
+    empty batch leaves the statistics as they were, and statistics keep their dtype.
+
+    Attributes:
+      use_running_average: whether to normalize by the running statistics (inference); given either
+        here or in the call. In the call it may be a traced bool.
+      axis: the channel axis of the input.
+      momentum: weight of the old running statistics, between 0 and 1.
+      epsilon: added to the variance inside the square root.
+      dtype: dtype of the output; None for the promotion of the input's and the parameters' dtypes.
+        The computation is at least float32 in any case.
+      param_dtype: dtype of `scale` and `bias`.
+      use_bias: whether there is a `bias`.
+      use_scale: whether there is a `scale`.
+      bias_init: initializer of `bias`.
+      scale_init: initializer of `scale`.
+      axis_name: reserved for statistics across devices.
+      axis_index_groups: reserved for statistics across groups of devices.
+      use_fast_variance: without effect, for either value: the variance is as fast and exact.
+      force_float32_reductions: False stores the running statistics in `param_dtype` where that is
+        float64; reductions are at least float32 in any case.
+
+    Raises:
+      TypeError: the input is complex, or `axis` is not one int.
+      ValueError: see `jaxbn.batch_norm`; `use_running_average` given twice or not at all.
+      NotImplementedError: a reserved field or argument is given.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxbn.linen import BatchNorm
+      >>> layer = BatchNorm(momentum=0.75)
+      >>> x = jnp.arange(8.0).reshape(4, 2)
+      >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
+      >>> y, updates = layer.apply(
+      ...     variables, x, use_running_average=False, mutable=["batch_stats"]
+      ... )
+      >>> updates["batch_stats"]["mean"]
+      Array([0.75, 1.  ], dtype=float32)
+
+    References:
+      `flax.linen.BatchNorm`.
+    """
+
+    use_running_average: bool | None = None
+    axis: int = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = nn.initializers.zeros
+    scale_init: Initializer = nn.initializers.ones
+    axis_name: Any = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | jax.Array | None = None,
+        *,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`, in training mode by its own statistics, which it then folds in.
+
+        Args:
+          x: input, channels at `axis`.
+          use_running_average: see the attribute of this name.
+          mask: reserved for samples that do not count.
+
+        Returns:
+          Normalized input, of the shape of `x`.
+        """
+        check_implemented(axis_index_groups=self.axis_index_groups)
+        check_momentum(self.momentum)
+        x = jnp.asarray(x)
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            x = x.astype(jnp.float32)
+        num_features = x.shape[checked_axis(x.shape, self.axis)]
+        running = running_statistics(
+            self,
+            num_features,
+            jnp.float32 if self.force_float32_reductions else self.param_dtype,
+            ("mean", "var"),
+        )
+        check_channels(self, x.shape, len(running["mean"].value))
+        scale, bias = scale_and_bias(self, num_features, self.use_scale, self.use_bias)
+        return normalize_with(
+            self,
+            x,
+            scale,
+            bias,
+            running,
+            use_running_average,
+            dtype=canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+            momentum=1 - self.momentum,
+            unbiased=False,
+            epsilon=self.epsilon,
+            mask=mask,
+        )

@@ -1,0 +1,195 @@
+"""`BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` with torch's constructors and conventions."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype, Initializer
+from jax.typing import ArrayLike
+
+from jaxbn._checks import checked_float
+from jaxbn._stats import BatchStats
+from jaxbn.linen._variables import (
+    check_channels,
+    normalize_with,
+    running_statistics,
+    scale_and_bias,
+)
+
+
+class _TorchBatchNorm(nn.Module):
+    """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share: all but the layouts they take."""
+
+    num_features: int
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    affine: bool = True
+    track_running_stats: bool = True
+    bias: bool = True
+    axis: int = 1
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    scale_init: Initializer = nn.initializers.ones
+    bias_init: Initializer = nn.initializers.zeros
+    axis_name: Any = None
+    use_running_average: bool | None = None
+
+    layouts: ClassVar[tuple[str, ...]] = ()  # without the C, whose place is `axis`
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | jax.Array | None = None,
+        *,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`, in training mode by its own statistics, which it then folds in.
+
+        Args:
+          x: input, channels at `axis`; float16, bfloat16, float32 or float64.
+          use_running_average: see the attribute of this name.
+          mask: reserved for samples that do not count.
+
+        Returns:
+          Normalized input, of the shape of `x`.
+        """
+        x = checked_float(x, "x")
+        self._check_layout(x.shape)
+        check_channels(self, x.shape, self.num_features)
+        running = {}
+        if self.track_running_stats or self.has_variable("batch_stats", "mean"):
+            running = running_statistics(
+                self, self.num_features, self.param_dtype, BatchStats._fields
+            )
+        scale, bias = scale_and_bias(
+            self, self.num_features, self.affine, self.affine and self.bias
+        )
+        return normalize_with(
+            self,
+            x,
+            scale,
+            bias,
+            running,
+            use_running_average,
+            dtype=jnp.dtype(self.dtype or x.dtype),
+            momentum=self.momentum,
+            unbiased=True,
+            epsilon=self.eps,
+            mask=mask,
+            update=self.track_running_stats,
+        )
+
+    def _check_layout(self, shape: tuple[int, ...]) -> None:
+        layouts = {}
+        for letters in self.layouts:
+            names = list(letters)
+            names.insert(self.axis % (len(letters) + 1), "C")
+            layouts[len(names)] = f"({', '.join(names)})"
+        if len(shape) not in layouts:
+            raise ValueError(
+                f"{type(self).__name__} expected {' or '.join(f'{n}D' for n in layouts)} input, "
+                f"{' or '.join(layouts.values())} with axis={self.axis}; "
+                f"got {len(shape)}D input, x.shape={shape}."
+            )
+
+
+class BatchNorm1d(_TorchBatchNorm):
+    """Batch norm over `(N, C)` or `(N, C, L)`, with `torch.nn.BatchNorm1d`'s constructor.
+
+        train      y = (x − E[x]) · scale / √(Var[x] + eps) + bias
+                   mean' = (1 − momentum)·mean + momentum·E[x]
+                   var'  = (1 − momentum)·var  + momentum·Var[x]·n/(n − 1)
+        inference  y = (x − mean) · scale / √(var + eps) + bias
+
+    `momentum` is torch's: the weight of the **new** batch; None keeps the cumulative average.
+    `Var[x]` is biased, divided by n, the number of values per channel.
+
+    Variables: `params` holds `scale` and `bias` (torch `weight` and `bias`), `batch_stats` holds
+    `mean`, `var` (`running_mean`, `running_var`) and `count` (`num_batches_tracked`, int32).
+    Initialization does not count as a batch.
+
+    Attributes:
+      num_features: the number of channels, C.
+      eps: added to the variance inside the square root.
+      momentum: weight of the new batch in the running statistics, between 0 and 1, or None.
+      affine: whether there are a `scale` and a `bias`.
+      track_running_stats: whether running statistics are kept. Without them the batch normalizes
+        itself in inference too; statistics that are there all the same are used, and not updated.
+      bias: whether an affine layer has a `bias`.
+      axis: the channel axis of the input: 1 as in torch, -1 for channels last.
+      dtype: dtype of the output; None for the dtype of the input.
+      param_dtype: dtype of `scale` and `bias`; the statistics are float32, or float64 where it is.
+      scale_init: initializer of `scale`.
+      bias_init: initializer of `bias`.
+      axis_name: reserved for statistics across devices.
+      use_running_average: whether to normalize by the running statistics (torch `eval()`); given
+        either here or in the call. In the call it may be a traced bool.
+
+    Raises:
+      TypeError: the input is not real floating point.
+      ValueError: the input has another number of dimensions or channels, one value per channel in
+        training; `use_running_average` given twice or not at all; see `jaxbn.batch_norm`.
+      NotImplementedError: a reserved field or argument is given.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxbn.linen import BatchNorm1d
+      >>> layer = BatchNorm1d(5, momentum=0.5)
+      >>> x = jnp.arange(15.0).reshape(3, 5)
+      >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
+      >>> y, updates = layer.apply(
+      ...     variables, x, use_running_average=False, mutable=["batch_stats"]
+      ... )
+      >>> updates["batch_stats"]["mean"], int(updates["batch_stats"]["count"])
+      (Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32), 1)
+
+    References:
+      `torch.nn.BatchNorm1d`.
+    """
+
+    layouts: ClassVar[tuple[str, ...]] = ("N", "NL")
+
+
+class BatchNorm2d(_TorchBatchNorm):
+    """Batch norm over `(N, C, H, W)`, with `torch.nn.BatchNorm2d`'s constructor.
+
+    Formula, variables, attributes and errors are those of `BatchNorm1d`; with `axis=-1` the layout
+    is `(N, H, W, C)`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxbn.linen import BatchNorm2d
+      >>> layer = BatchNorm2d(3, axis=-1)
+      >>> x = jax.random.normal(jax.random.key(1), (8, 4, 4, 3))
+      >>> variables = layer.init(jax.random.key(0), x, use_running_average=True)
+      >>> layer.apply(variables, x, use_running_average=True).shape
+      (8, 4, 4, 3)
+
+    References:
+      `torch.nn.BatchNorm2d`.
+    """
+
+    layouts: ClassVar[tuple[str, ...]] = ("NHW",)
+
+
+class BatchNorm3d(_TorchBatchNorm):
+    """Batch norm over `(N, C, D, H, W)`, with `torch.nn.BatchNorm3d`'s constructor.
+
+    Formula, variables, attributes and errors are those of `BatchNorm1d`; with `axis=-1` the layout
+    is `(N, D, H, W, C)`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxbn.linen import BatchNorm3d
+      >>> layer = BatchNorm3d(2, affine=False)
+      >>> x = jax.random.normal(jax.random.key(1), (4, 2, 3, 3, 3))
+      >>> sorted(layer.init(jax.random.key(0), x, use_running_average=True))
+      ['batch_stats']
+
+    References:
+      `torch.nn.BatchNorm3d`.
+    """
+
+    layouts: ClassVar[tuple[str, ...]] = ("NDHW",)

@@ -1,0 +1,90 @@
+"""What every Linen layer does: own the variables, and call `batch_norm` on them."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jax.typing import ArrayLike
+
+from jaxbn._batch_norm import batch_norm
+from jaxbn._checks import axis_hint, checked_axis, statistics_dtype
+from jaxbn._moments import batch_moments
+from jaxbn._normalize import normalize
+from jaxbn._stats import BatchStats, init_batch_stats
+
+
+def check_channels(module: nn.Module, shape: tuple[int, ...], num_features: int) -> None:
+    axis = module.axis
+    channels = shape[checked_axis(shape, axis)]
+    if channels != num_features:
+        raise ValueError(
+            f"{type(module).__name__} of {num_features} channels expected as many at axis={axis} "
+            f"of its input; got {channels}, x.shape={shape}."
+            + axis_hint(shape, axis, (num_features,))
+        )
+
+
+def running_statistics(
+    module: nn.Module, num_features: int, dtype: Dtype, names: tuple[str, ...]
+) -> dict[str, nn.Variable[jax.Array]]:
+    initial = init_batch_stats(num_features, statistics_dtype(dtype))
+    return {name: module.variable("batch_stats", name, getattr, initial, name) for name in names}
+
+
+def scale_and_bias(
+    module: nn.Module, num_features: int, use_scale: bool, use_bias: bool
+) -> tuple[jax.Array | None, jax.Array | None]:
+    shape, dtype = (num_features,), module.param_dtype
+    scale = module.param("scale", module.scale_init, shape, dtype) if use_scale else None
+    bias = module.param("bias", module.bias_init, shape, dtype) if use_bias else None
+    return scale, bias
+
+
+def normalize_with(
+    module: nn.Module,
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    running: dict[str, nn.Variable[jax.Array]],
+    use_running_average: bool | jax.Array | None,
+    *,
+    dtype: Dtype,
+    epsilon: float,
+    mask: ArrayLike | None,
+    momentum: float | None,
+    unbiased: bool,
+    update: bool = True,
+) -> jax.Array:
+    """Runs `batch_norm` on the module's variables and stores the new statistics in `running`."""
+    if x.dtype != dtype:  # compute in float32 or wider and round once, at the end
+        x = x.astype(jnp.float64 if jnp.float64 in (x.dtype, dtype) else jnp.float32)
+    inference: Any = nn.merge_param(
+        "use_running_average", module.use_running_average, use_running_average
+    )
+    train = jnp.logical_not(inference) if isinstance(inference, jax.Array) else not inference
+    fixed = {"axis": module.axis, "epsilon": epsilon}
+    if module.is_initializing() and train is not False:
+        # Neither counts as a batch nor asks for more than one value per channel.
+        moments = batch_moments(x, axis=module.axis, mask=mask)
+        return normalize(x, moments.mean, moments.var, scale, bias, **fixed).astype(dtype)
+    # A missing count (Flax keeps none) is not needed where momentum is a number.
+    values = {name: variable.value for name, variable in running.items()}
+    stats = BatchStats(**{"count": jnp.zeros((), jnp.int32)} | values) if running else None
+    y, stats = batch_norm(
+        x,
+        stats,
+        scale,
+        bias,
+        train=train,
+        momentum=momentum,
+        unbiased=unbiased,
+        axis_name=module.axis_name,
+        mask=mask,
+        **fixed,
+    )
+    if update and train is not False:
+        for name, variable in running.items():
+            variable.value = getattr(stats, name)
+    return y.astype(dtype)
