@@ -119,7 +119,7 @@ def update_batch_stats(
         var = var * (n / jnp.maximum(n - 1, 1))
     return BatchStats(
         jnp.where(n > 0, (1 - factor) * stats.mean + factor * mean, stats.mean),
-        jnp.where(n > unbiased, (1 - factor) * stats.var + factor * var, stats.var),
+        jnp.where(n > int(unbiased), (1 - factor) * stats.var + factor * var, stats.var),
         count,
     )
 
