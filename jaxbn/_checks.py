@@ -72,7 +72,8 @@ def checked_vector(value: ArrayLike, name: str, x: jax.Array, axis: int) -> jax.
 
 def axis_hint(shape: tuple[int, ...], axis: int, expected: tuple[int, ...]) -> str:
     """Names the axis that the caller may have meant: the other usual one, if its size fits."""
-    other, layout = (1, "channels-first") if axis == len(shape) - 1 else (-1, "channels-last")
+    last = axis % len(shape) == len(shape) - 1
+    other, layout = (1, "channels-first") if last else (-1, "channels-last")
     if len(shape) < 2 or expected != (shape[other],):
         return ""
     return f" For {layout} inputs pass axis={other}."

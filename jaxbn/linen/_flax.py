@@ -9,7 +9,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxbn._checks import check_implemented, check_momentum, checked_axis
+from jaxbn._checks import check_implemented, check_momentum, checked_axis, checked_float
 from jaxbn.linen._variables import (
     check_channels,
     normalize_with,
@@ -56,7 +56,7 @@ class BatchNorm(nn.Module):
         float64; reductions are at least float32 in any case.
 
     Raises:
-      TypeError: the input is complex, or `axis` is not one int.
+      TypeError: the input is complex or bool, or `axis` is not one int.
       ValueError: see `jaxbn.batch_norm`; `use_running_average` given twice or not at all.
       NotImplementedError: a reserved field or argument is given.
 
@@ -114,6 +114,7 @@ class BatchNorm(nn.Module):
         x = jnp.asarray(x)
         if jnp.issubdtype(x.dtype, jnp.integer):
             x = x.astype(jnp.float32)
+        x = checked_float(x, "x")
         num_features = x.shape[checked_axis(x.shape, self.axis)]
         running = running_statistics(
             self,

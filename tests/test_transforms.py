@@ -1,0 +1,207 @@
+"""The derivative rule and every function under JAX's transforms, against plain autodiff."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from numpy_reference import error, problem, sample, tolerance, train
+
+import jaxbn
+
+SHAPES = [((6, 3), 1), ((2, 3, 2, 2), 1), ((2, 2, 2, 3), -1)]
+
+
+def plain(x, scale, bias, axis):
+    """Batch norm from the definition, with JAX's own derivatives."""
+    others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+    mean, var = x.mean(others, keepdims=True), x.var(others, keepdims=True)
+    scale, bias = jnp.expand_dims(scale, others), jnp.expand_dims(bias, others)
+    return (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
+
+
+def ours(x, scale, bias, axis):
+    return jaxbn.batch_normalize(x, scale, bias, axis=axis)[0]
+
+
+def everything(x, scale, bias, axis):
+    """A scalar in which the output and both moments are entangled."""
+    y, moments = jaxbn.batch_normalize(x, scale, bias, axis=axis)
+    return (jnp.sin(y) * y).sum() + (moments.mean * jnp.cos(moments.var)).sum()
+
+
+def everything_plainly(x, scale, bias, axis):
+    others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+    y = plain(x, scale, bias, axis)
+    return (jnp.sin(y) * y).sum() + (x.mean(others) * jnp.cos(x.var(others))).sum()
+
+
+def assert_close(actual, expected, limit=1e-10):
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, limit, limit), actual, expected)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_derivatives_of_first_and_second_order(shape, axis):
+    x, scale, bias, dy = problem(shape, axis, dtype=np.float64)
+    arguments = x, scale, bias
+    tangents = tuple(sample(v.shape, 7, 0.3, 1.0) for v in arguments)
+    y, dy_forward = jax.jvp(lambda *a: ours(*a, axis), arguments, tangents)
+    expected, dy_expected = jax.jvp(lambda *a: plain(*a, axis), arguments, tangents)
+    assert_close((y, dy_forward), (expected, dy_expected))
+    _, pullback = jax.vjp(lambda *a: ours(*a, axis), *arguments)
+    _, pullback_expected = jax.vjp(lambda *a: plain(*a, axis), *arguments)
+    assert_close(pullback(dy), pullback_expected(dy))
+    for derivative in (jax.grad, jax.jacfwd, jax.hessian):
+        actual = derivative(everything, (0, 1, 2))(*arguments, axis)
+        assert_close(actual, derivative(everything_plainly, (0, 1, 2))(*arguments, axis), 1e-8)
+
+
+@pytest.mark.usefixtures("x64")
+def test_derivatives_agree_with_finite_differences():
+    x, scale, bias, _ = problem((5, 3), 1, dtype=np.float64)
+    check_grads(lambda *a: everything(*a, 1), (x, scale, bias), order=2, modes=("fwd", "rev"))
+
+
+@pytest.mark.usefixtures("x64")
+def test_third_derivative():
+    x, scale, bias, _ = problem((4, 2), 1, dtype=np.float64)
+    direction = sample((4, 2), 8, 0.3, 1.0)
+
+    def along(function):
+        return jax.grad(
+            lambda t: jax.hessian(lambda s: function(x + s * direction, scale, bias, 1))(t)
+        )
+
+    assert_close(along(everything)(0.0), along(everything_plainly)(0.0), 1e-8)
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_second_order_in_float32(mode):
+    x, scale, bias, _ = problem((6, 2), 1)
+    stats = jaxbn.BatchStats(bias + 2, jnp.abs(scale) + 1, jnp.int32(0))
+
+    def loss(x, scale, bias):
+        y, _ = jaxbn.batch_norm(x, stats, scale, bias, train=mode == "train")
+        return (jnp.sin(y) * y).sum()
+
+    def loss_plainly(x, scale, bias):
+        y = (x - stats.mean) / jnp.sqrt(stats.var + 1e-5) * scale + bias
+        y = plain(x, scale, bias, 1) if mode == "train" else y
+        return (jnp.sin(y) * y).sum()
+
+    actual = jax.hessian(loss, (0, 1, 2))(x, scale, bias)
+    expected = jax.hessian(loss_plainly, (0, 1, 2))(x, scale, bias)
+    scale_of = max(np.abs(v).max() for v in jax.tree.leaves(expected))
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5 * scale_of), actual, expected
+    )
+
+
+def test_gradients_at_extreme_scales_do_not_underflow():
+    # rstd³, which autodiff of rsqrt forms, is zero in float32 at std 1e14.
+    for std in (1e-2, 1e6, 1e14):
+        x, scale, bias, dy = problem((32, 3), 1, mean=0.0, std=std)
+        _, pullback = jax.vjp(lambda *a: ours(*a, 1), x, scale, bias)
+        expected = train(x, scale, bias, dy, 1)
+        assert error(pullback(dy)[0], expected.dx) <= tolerance(np.float32, 32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("shape", "axis"), [((16, 8, 12, 12), 1), ((16, 24, 24, 8), -1)])
+def test_the_backward_pass_keeps_the_input_and_vectors(shape, axis, dtype):
+    x, scale, bias, _ = problem(shape, axis)
+    x = jnp.asarray(x, dtype)
+    _, pullback = jax.vjp(lambda *a: ours(*a, axis), x, scale, bias)
+    kept = sum(v.nbytes for v in jax.tree.leaves(pullback) if v.shape)
+    assert x.nbytes <= kept <= x.nbytes + 8 * 4 * x.shape[axis]
+
+
+def step(x, stats, scale, bias):
+    return jaxbn.batch_norm(x, stats, scale, bias, train=True)
+
+
+def test_jit_and_vmap_over_models():
+    models = 3
+    x, scale, bias, dy = problem((models, 8, 4), 2)
+    scales = np.stack([scale, scale + 1, -scale])
+    stats = jax.vmap(lambda _: jaxbn.init_batch_stats(4))(np.arange(models))
+    biases = np.stack([bias, bias, bias])
+
+    def loss(x, stats, scale, bias, dy):
+        y, stats = step(x, stats, scale, bias)
+        return (y * dy).sum(), stats
+
+    together = jax.jit(jax.vmap(jax.value_and_grad(loss, (0, 2, 3), has_aux=True)))
+    actual = together(x, stats, scales, biases, dy)
+    for i in range(models):
+        one = jax.tree.map(lambda v, i=i: v[i], (x, stats, scales, biases, dy))
+        expected = jax.value_and_grad(loss, (0, 2, 3), has_aux=True)(*one)
+        assert_close(jax.tree.map(lambda v, i=i: v[i], actual), expected, 1e-5)
+
+
+def test_scan_with_the_statistics_as_carry():
+    batches = sample((5, 8, 3), 0, dtype=np.float32)
+
+    def body(stats, x):
+        y, stats = jaxbn.batch_norm(x, stats, train=True, momentum=None)
+        return stats, y
+
+    stats, ys = jax.jit(lambda b: jax.lax.scan(body, jaxbn.init_batch_stats(3), b))(batches)
+    expected = jaxbn.init_batch_stats(3)
+    for x, y in zip(batches, ys, strict=True):
+        expected_y, expected = jaxbn.batch_norm(x, expected, train=True, momentum=None)
+        np.testing.assert_allclose(y, expected_y, atol=1e-6)
+    assert_close(stats, expected, 1e-6)
+    assert stats.count == 5
+
+
+@pytest.mark.parametrize(
+    "policy", [None, "nothing_saveable", "everything_saveable", "dots_saveable"]
+)
+def test_remat(policy):
+    x, scale, bias, dy = problem((8, 4), 1)
+    policy = policy and getattr(jax.checkpoint_policies, policy)
+
+    def loss(x, scale, bias):
+        return (jnp.sin(ours(x, scale, bias, 1)) * dy).sum()
+
+    remat = jax.checkpoint(loss, policy=policy)
+    actual = jax.jit(jax.grad(remat, (0, 1, 2)))(x, scale, bias)
+    assert_close(actual, jax.grad(loss, (0, 1, 2))(x, scale, bias), 1e-5)
+
+
+def test_train_may_be_traced():
+    x, scale, bias, dy = problem((8, 4), 1)
+    stats = jaxbn.BatchStats(bias + 2, np.abs(scale) + 1, jnp.int32(3))
+
+    def run(x, scale, bias, training):
+        y, new = jaxbn.batch_norm(x, stats, scale, bias, train=training)
+        return (y * dy).sum(), (y, new)
+
+    differentiated = jax.value_and_grad(run, (0, 1, 2), has_aux=True)
+    for training in (True, False):
+        expected = differentiated(x, scale, bias, training)
+        assert_close(jax.jit(differentiated)(x, scale, bias, jnp.array(training)), expected, 1e-5)
+        assert_close(differentiated(x, scale, bias, jnp.array(training)), expected, 1e-5)
+    both = jax.vmap(lambda training: run(x, scale, bias, training)[1])(jnp.array([True, False]))
+    for i, training in enumerate((True, False)):
+        assert_close(
+            jax.tree.map(lambda v, i=i: v[i], both), run(x, scale, bias, training)[1], 1e-5
+        )
+
+
+def test_loops_and_shapes():
+    x = sample((8, 3), 0, dtype=np.float32)
+    start = jaxbn.init_batch_stats(3)
+    body = lambda stats: jaxbn.batch_norm(x, stats, train=True)[1]  # noqa: E731
+    stats = jax.lax.while_loop(lambda stats: stats.count < 4, body, start)
+    expected = start
+    for _ in range(4):
+        expected = body(expected)
+    assert_close(stats, expected, 1e-6)
+    shapes = jax.eval_shape(lambda x: jaxbn.batch_norm(x, start, train=True), x)
+    actual = jaxbn.batch_norm(x, start, train=True)
+    assert jax.tree.map(lambda v: (v.shape, v.dtype), shapes) == jax.tree.map(
+        lambda v: (v.shape, v.dtype), actual
+    )
