@@ -1,0 +1,85 @@
+"""Image data sets in `.npz` files, checked before anything is trained on them."""
+
+import pathlib
+import zlib
+from typing import NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+DIGITS = pathlib.Path(__file__).with_name("digits.npz")
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+UNREADABLE = (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile, zlib.error)
+
+
+class DataError(Exception):
+    """A data set that cannot be used: says which file, what is wrong with it and what to do."""
+
+
+class Dataset(NamedTuple):
+    """Images `[N, H, W, C]`, float32 of mean 0 and std 1 over the training set; labels from 0."""
+
+    x_train: NDArray[np.float32]
+    y_train: NDArray[np.int32]
+    x_test: NDArray[np.float32]
+    y_test: NDArray[np.int32]
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return int(self.y_train.max()) + 1
+
+
+def load(path: pathlib.Path = DIGITS) -> Dataset:
+    """Reads images `[N, H, W]` or `[N, H, W, C]` and integer labels `[N]` under `KEYS`.
+
+    Raises:
+      DataError: the file is missing or broken, or holds something else.
+    """
+    try:
+        with path.open("rb") as file, np.load(file) as archive:
+            arrays = {key: archive[key] for key in KEYS}
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; an .npz with {', '.join(KEYS)} is needed") from None
+    except KeyError as error:
+        raise DataError(f"{path}: {error.args[0]}; it must hold {', '.join(KEYS)}") from None
+    except UNREADABLE:
+        raise DataError(f"{path}: not an .npz archive that can be read") from None
+    _check(path, arrays)
+    train = _with_channels(arrays["x_train"])
+    test = _with_channels(arrays["x_test"])
+    mean, std = train.mean(), train.std()
+    if not (np.isfinite(test).all() and np.isfinite(mean) and std > 0):
+        raise DataError(f"{path}: the pixels must be finite and not all the same")
+    return Dataset(
+        (train - mean) / std,
+        arrays["y_train"].astype(np.int32),
+        (test - mean) / std,
+        arrays["y_test"].astype(np.int32),
+    )
+
+
+def _with_channels(images: NDArray[np.generic]) -> NDArray[np.float32]:
+    pixels: NDArray[np.float32] = images.astype(np.float32)
+    return pixels if pixels.ndim == 4 else pixels[..., None]
+
+
+def _check(path: pathlib.Path, arrays: dict[str, NDArray[np.generic]]) -> None:
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if x.ndim not in (3, 4) or x.dtype.kind not in "uif" or 0 in x.shape:
+            raise DataError(
+                f"{path}: x_{part} must hold numbers of shape [N, H, W] or [N, H, W, C]; "
+                f"got {x.dtype} of shape {x.shape}"
+            )
+        if y.dtype.kind not in "ui" or y.shape != x.shape[:1] or y.min() < 0:
+            raise DataError(
+                f"{path}: y_{part} must hold one integer from 0 on for each of {len(x)} images; "
+                f"got {y.dtype} of shape {y.shape}, smallest {y.min() if y.size else None}"
+            )
+    train, test = arrays["x_train"].shape[1:], arrays["x_test"].shape[1:]
+    if train != test:
+        raise DataError(f"{path}: training images have shape {train}, test images {test}")
+    if arrays["y_test"].max() > arrays["y_train"].max():
+        raise DataError(f"{path}: y_test has labels that y_train has not")

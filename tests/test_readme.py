@@ -1,0 +1,35 @@
+"""The README's snippets run, and its commands are what a newcomer can paste."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["functions", "modules"])
+def test_snippet(snippet):
+    assert len(snippet.splitlines()) <= 27
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):
+        exec(snippet, names)
+    if "value" in names:
+        assert names["value"] < 0.1
+        assert names["stats"].count == 100
+        assert names["prediction"].shape == (1, 1)
+    else:
+        assert names["variables"]["batch_stats"]["BatchNorm2d_0"]["count"] == 1
+        assert names["logits"].shape == (8, 10)
+
+
+def test_commands_are_single_lines_that_make_their_environment():
+    train, test = COMMANDS
+    for command in (train, test):
+        assert command.count("\n") == 1
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")
+    assert train.endswith("examples/train_cnn.py\n")
+    assert test.endswith("-m pytest\n")

@@ -1,0 +1,176 @@
+"""The example trainer, as a newcomer runs it."""
+
+import io
+import pathlib
+import re
+
+import data
+import figures
+import jax
+import numpy as np
+import pytest
+import train_cnn
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Users run the examples under JAX's defaults."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def accuracies(output):
+    """Test accuracy in inference mode and by batch statistics, in percent."""
+    return [float(v) for v in re.findall(r"^test accuracy .* ([\d.]+)%$", output, re.MULTILINE)]
+
+
+def log(output):
+    """The lines of the epochs without their times."""
+    return re.findall(r"^ +\d+ .*%(?= +[\d.]+$)", output, re.MULTILINE)
+
+
+def test_default_flags_reach_the_promised_accuracy(capsys):
+    assert train_cnn.main([]) == 0
+    output = capsys.readouterr().out
+    inference, batch = accuracies(output)
+    assert inference >= 98.5
+    assert abs(inference - batch) <= 1.0
+    assert len(log(output)) == 30
+
+
+@pytest.mark.parametrize("flags", [[], ["--dtype", "bfloat16"], ["--no-batch-norm"]])
+def test_same_seed_same_result(flags, capsys):
+    outputs = []
+    for seed in ("1", "1", "2"):
+        assert train_cnn.main(["--epochs", "2", "--seed", seed, *flags]) == 0
+        outputs.append(capsys.readouterr().out)
+    first, again, other = map(log, outputs)
+    assert first == again
+    assert first != other
+    assert len(accuracies(outputs[0])) == (1 if flags == ["--no-batch-norm"] else 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        (["--epochs", "2"], (1320, 960)),
+        (["--epochs", "1"], (1320, 480)),
+        (["--epochs", "2", "--no-batch-norm"], (1320, 480)),
+        (["--epochs", "2", "--momentum", "0"], (1320, 960)),
+    ],
+)
+def test_plot(flags, size, tmp_path):
+    path = tmp_path / "history.png"
+    assert train_cnn.main([*flags, "--batch-size", "200", "--plot", str(path)]) == 0
+    header = path.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    assert tuple(int.from_bytes(header[i : i + 4], "big") for i in (16, 20)) == size
+
+
+def test_drift_is_measured_in_units_of_the_layer():
+    old = {"mean": np.array([0.0, 1.0]), "var": np.array([4.0, 1.0])}
+    new = {"mean": np.array([2.0, 1.0]), "var": np.array([4.0, 2.0])}
+    assert figures.mean_drift(old, new) == pytest.approx(np.sqrt(0.5))
+    assert figures.var_drift(old, new) == pytest.approx(np.sqrt(0.5))
+    assert figures.mean_drift(old, old) == figures.var_drift(old, old) == 0
+
+
+FLAGS = {
+    "--epochs 0": "--epochs: must be a whole number at least 1; got '0'",
+    "--epochs 1.5": "--epochs: must be a whole number at least 1; got '1.5'",
+    "--batch-size 1": "--batch-size: must be a whole number at least 2; got '1'",
+    "--batch-size 5000": "--batch-size 5000 is more than the 1437 training images",
+    "--learning-rate 0": "--learning-rate: must be a number above 0",
+    "--learning-rate nan": "--learning-rate: must be a number above 0",
+    "--momentum 1.1": "--momentum: must be a number at least 0 and at most 1; got '1.1'",
+    "--seed -1": "--seed: must be a whole number at least 0",
+    "--dtype int8": "--dtype: invalid choice: 'int8'",
+    "--data nowhere.npz": "nowhere.npz: no such file",
+    "--plot history.jpg": "--plot: must end in .png; got 'history.jpg'",
+    "--plot nowhere/history.png": "--plot: must be a file in an existing folder",
+    "--no-such-flag": "unrecognized arguments: --no-such-flag",
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_bad_flags_give_one_line(flags, capsys):
+    try:
+        status = train_cnn.main(flags.split())
+    except SystemExit as exit_:
+        status = exit_.code
+    captured = capsys.readouterr()
+    assert status in (1, 2)
+    assert captured.out == ""
+    assert captured.err.startswith("train_cnn.py: error: ")
+    assert captured.err.count("\n") == 1
+    assert FLAGS[flags] in captured.err
+
+
+X = np.arange(6 * 4 * 4).reshape(6, 4, 4)
+Y = np.array([0, 1, 2, 0, 1, 2])
+GOOD = {"x_train": X, "y_train": Y, "x_test": X[:2], "y_test": Y[:2]}
+BAD = {
+    "no images": ({"x_train": X[:0], "y_train": Y[:0]}, "x_train must hold numbers"),
+    "flat images": ({"x_train": X.reshape(6, 16)}, "x_train must hold numbers of shape [N, H, W]"),
+    "words": ({"x_test": np.full((2, 4, 4), "x")}, "x_test must hold numbers"),
+    "too few labels": ({"y_train": Y[:5]}, "y_train must hold one integer"),
+    "float labels": ({"y_train": Y / 2}, "y_train must hold one integer"),
+    "negative labels": ({"y_test": -Y[:2] - 1}, "smallest -2"),
+    "labels without images": ({"y_test": Y[:0]}, "y_test must hold one integer"),
+    "unknown labels": ({"y_test": Y[:2] + 9}, "y_test has labels that y_train has not"),
+    "other size": ({"x_test": X[:2, :3]}, "training images have shape (4, 4), test images (3, 4)"),
+    "blank images": ({"x_train": 0 * X}, "finite and not all the same"),
+    "NaN pixels": ({"x_test": np.full((2, 4, 4), np.nan)}, "finite and not all the same"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data(case, tmp_path):
+    changes, message = BAD[case]
+    path = tmp_path / "images.npz"
+    np.savez(path, **GOOD | changes)
+    with pytest.raises(data.DataError, match=re.escape(message)):
+        data.load(path)
+
+
+def test_broken_archives(tmp_path):
+    path = tmp_path / "images.npz"
+    whole = data.DIGITS.read_bytes()
+    flipped = bytearray(whole)
+    flipped[20_000:20_010] = b"0123456789"
+    one_array = io.BytesIO()
+    np.save(one_array, X)
+    for content in (b"", b"text", whole[:1000], whole[:-100], flipped, one_array.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(data.DataError, match=r"not an \.npz archive that can be read"):
+            data.load(path)
+    np.savez(path, x_train=X)
+    with pytest.raises(data.DataError, match="y_train is not a file in the archive"):
+        data.load(path)
+    with pytest.raises(data.DataError, match=r"not an \.npz archive that can be read"):
+        data.load(tmp_path)
+
+
+def test_other_images_train_too(tmp_path, capsys):
+    path = tmp_path / "images.npz"
+    x = np.random.RandomState(0).uniform(size=(64, 5, 7, 3))
+    x[::2] += 1.0
+    y = np.tile([1, 0], 32)
+    np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+    flags = ["--data", str(path), "--epochs", "5", "--batch-size", "16"]
+    assert train_cnn.main(flags) == 0
+    assert accuracies(capsys.readouterr().out)[0] == 100
+
+
+def test_the_digits_are_credited_and_whole():
+    with np.load(data.DIGITS) as archive:
+        assert "Alpaydin" in str(archive["credit"])
+    digits = data.load()
+    assert digits.x_train.shape == (1437, 8, 8, 1)
+    assert digits.x_test.shape == (360, 8, 8, 1)
+    assert digits.classes == 10
+    assert abs(digits.x_train.mean()) < 1e-5
+    assert abs(digits.x_train.std() - 1) < 1e-5
+    everything = np.concatenate([digits.x_train, digits.x_test]).reshape(1797, -1)
+    assert len(np.unique(everything, axis=0)) == 1797  # no image is in both parts
+    assert pathlib.Path(data.DIGITS).stat().st_size < 50_000
