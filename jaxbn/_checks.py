@@ -5,6 +5,7 @@ at trace time and cost nothing in compiled code.
 """
 
 import math
+import numbers
 import operator
 from typing import Any
 
@@ -81,8 +82,8 @@ def axis_hint(shape: tuple[int, ...], axis: int, expected: tuple[int, ...]) -> s
 
 def check_epsilon(epsilon: float, *, train: bool) -> None:
     """Positive in training, non-negative in evaluation, finite."""
-    if not isinstance(epsilon, int | float):
-        raise TypeError(f"`epsilon` must be a Python number, got {epsilon!r}.")
+    if not isinstance(epsilon, numbers.Real):
+        raise TypeError(f"`epsilon` must be a Python number, not traced; got {epsilon!r}.")
     if not math.isfinite(epsilon) or epsilon < 0 or (train and epsilon == 0):
         requirement = "positive during training" if train else "non-negative"
         raise ValueError(f"`epsilon` must be finite and {requirement}; got {epsilon}.")
@@ -90,7 +91,7 @@ def check_epsilon(epsilon: float, *, train: bool) -> None:
 
 def check_momentum(momentum: ArrayLike | None) -> None:
     """None, or in [0, 1] where it is a Python number; an array is taken as it is."""
-    if isinstance(momentum, int | float) and not 0 <= momentum <= 1:
+    if isinstance(momentum, numbers.Real) and not 0 <= momentum <= 1:
         raise ValueError(
             "`momentum` must be None or between 0 and 1, the weight of the new batch in "
             f"(1 - momentum) * old + momentum * batch; got {momentum}."

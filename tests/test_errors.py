@@ -161,6 +161,11 @@ CASES = {
         "`momentum` must be None or between 0 and 1, the weight of the new batch",
     ),
     "negative momentum": (lambda: train(momentum=-0.1), ValueError, "got -0.1."),
+    "NumPy momentum above 1": (
+        lambda: train(momentum=np.float32(2)),
+        ValueError,
+        "`momentum` must be None or between 0 and 1",
+    ),
     "NaN momentum": (lambda: train(momentum=float("nan")), ValueError, "got nan."),
     "momentum above 1, traced mode": (
         lambda: jaxbn.batch_norm(X, STATS, train=jnp.array(True), momentum=2),
@@ -273,7 +278,7 @@ def test_bad_input(case):
 
 
 def test_checks_are_not_confused_by_good_input():
-    train(X, STATS, V3, V3, momentum=np.float32(0.1), epsilon=np.float64(1e-5), axis=np.int64(3))
+    train(X, STATS, V3, V3, momentum=np.float32(0.1), epsilon=np.float32(1e-5), axis=np.int64(3))
     infer(jnp.ones((1, 3)), epsilon=0.0)  # one value per channel is enough to infer
     train(jnp.ones((1, 5, 3)), axis=-1)  # (1, L, C) has L values per channel
     infer(jnp.ones(3))  # one sample without a batch axis, as under vmap

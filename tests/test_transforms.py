@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from numpy_reference import error, problem, sample, tolerance, train
 
@@ -53,8 +55,11 @@ def test_derivatives_of_first_and_second_order(shape, axis):
     _, pullback_expected = jax.vjp(lambda *a: plain(*a, axis), *arguments)
     assert_close(pullback(dy), pullback_expected(dy))
     for derivative in (jax.grad, jax.jacfwd, jax.hessian):
-        actual = derivative(everything, (0, 1, 2))(*arguments, axis)
-        assert_close(actual, derivative(everything_plainly, (0, 1, 2))(*arguments, axis), 1e-8)
+        actual, expected = (
+            jax.jit(derivative(function, (0, 1, 2)), static_argnums=3)(*arguments, axis)
+            for function in (everything, everything_plainly)
+        )
+        assert_close(actual, expected, 1e-8)
 
 
 @pytest.mark.usefixtures("x64")
@@ -90,8 +95,8 @@ def test_second_order_in_float32(mode):
         y = plain(x, scale, bias, 1) if mode == "train" else y
         return (jnp.sin(y) * y).sum()
 
-    actual = jax.hessian(loss, (0, 1, 2))(x, scale, bias)
-    expected = jax.hessian(loss_plainly, (0, 1, 2))(x, scale, bias)
+    actual = jax.jit(jax.hessian(loss, (0, 1, 2)))(x, scale, bias)
+    expected = jax.jit(jax.hessian(loss_plainly, (0, 1, 2)))(x, scale, bias)
     scale_of = max(np.abs(v).max() for v in jax.tree.leaves(expected))
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5 * scale_of), actual, expected
@@ -189,6 +194,33 @@ def test_train_may_be_traced():
         assert_close(
             jax.tree.map(lambda v, i=i: v[i], both), run(x, scale, bias, training)[1], 1e-5
         )
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("devices"), P(None, "devices"), P(None, None, "devices")])
+def test_a_sharded_input_is_one_batch(spec, axis_type):
+    x, scale, bias, dy = problem((16, 8, 4, 4), 1)
+
+    @jax.jit
+    def run(x, scale, bias, dy):
+        y, pullback, stats = jax.vjp(
+            lambda *a: jaxbn.batch_norm(
+                a[0], jaxbn.init_batch_stats(8), *a[1:], train=True, axis=1
+            ),
+            x,
+            scale,
+            bias,
+            has_aux=True,
+        )
+        return y, pullback(dy), stats
+
+    expected = run(x, scale, bias, dy)
+    with jax.set_mesh(jax.make_mesh((4,), ("devices",), axis_types=(axis_type,))) as mesh:
+        sharded = [jax.device_put(v, NamedSharding(mesh, spec)) for v in (x, dy)]
+        actual = run(sharded[0], scale, bias, sharded[1])
+    assert len(actual[0].addressable_shards) == 4
+    assert actual[0].addressable_shards[0].data.size == x.size // 4
+    assert_close(actual, expected, 1e-5)
 
 
 def test_loops_and_shapes():

@@ -29,8 +29,11 @@ def check_channels(module: nn.Module, shape: tuple[int, ...], num_features: int)
 def running_statistics(
     module: nn.Module, num_features: int, dtype: Dtype, names: tuple[str, ...]
 ) -> dict[str, nn.Variable[jax.Array]]:
-    initial = init_batch_stats(num_features, statistics_dtype(dtype))
-    return {name: module.variable("batch_stats", name, getattr, initial, name) for name in names}
+    def initial(name: str) -> jax.Array:
+        value: jax.Array = getattr(init_batch_stats(num_features, statistics_dtype(dtype)), name)
+        return value
+
+    return {name: module.variable("batch_stats", name, initial, name) for name in names}
 
 
 def scale_and_bias(
