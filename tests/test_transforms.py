@@ -201,25 +201,21 @@ def test_train_may_be_traced():
 def test_a_sharded_input_is_one_batch(spec, axis_type):
     x, scale, bias, dy = problem((16, 8, 4, 4), 1)
 
-    @jax.jit
-    def run(x, scale, bias, dy):
-        y, pullback, stats = jax.vjp(
-            lambda *a: jaxbn.batch_norm(
-                a[0], jaxbn.init_batch_stats(8), *a[1:], train=True, axis=1
-            ),
-            x,
-            scale,
-            bias,
-            has_aux=True,
-        )
-        return y, pullback(dy), stats
+    stats = jaxbn.init_batch_stats(8)
 
-    expected = run(x, scale, bias, dy)
-    with jax.set_mesh(jax.make_mesh((4,), ("devices",), axis_types=(axis_type,))) as mesh:
-        sharded = [jax.device_put(v, NamedSharding(mesh, spec)) for v in (x, dy)]
-        actual = run(sharded[0], scale, bias, sharded[1])
-    assert len(actual[0].addressable_shards) == 4
-    assert actual[0].addressable_shards[0].data.size == x.size // 4
+    @jax.jit
+    def run(x, dy):
+        def forward(x, scale, bias):
+            return jaxbn.batch_norm(x, stats, scale, bias, train=True, axis=1)
+
+        y, pullback, new = jax.vjp(forward, x, scale, bias, has_aux=True)
+        return y, pullback(dy), new
+
+    expected = run(x, dy)
+    mesh = jax.make_mesh((4,), ("devices",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        actual = run(*(jax.device_put(v, NamedSharding(mesh, spec)) for v in (x, dy)))
+    assert [shard.data.size for shard in actual[0].addressable_shards] == [x.size // 4] * 4
     assert_close(actual, expected, 1e-5)
 
 
