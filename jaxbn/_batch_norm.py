@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import jax
 from jax.typing import ArrayLike
 
+from jaxbn._checks import check_implemented, check_momentum, check_train
 from jaxbn._moments import Moments
 from jaxbn._normalize import batch_normalize, normalize
 from jaxbn._stats import BatchStats, update_batch_stats
@@ -58,7 +59,8 @@ def batch_norm(
       where `stats` is None.
 
     Raises:
-      TypeError: an array is not real floating point, `stats` is narrower than float32.
+      TypeError: an array is not real floating point, `stats` is narrower than float32, `train` is
+        not a bool.
       ValueError: there is one value per channel in training, a shape does not fit, `epsilon` or
         `momentum` is out of range.
       NotImplementedError: a reserved argument is given.
@@ -78,6 +80,9 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
       Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167;
       `torch.nn.BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d`.
     """
+    check_implemented(mask=mask)
+    check_momentum(momentum)
+    check_train(train)
     options: dict[str, Any] = {
         "axis": axis,
         "epsilon": epsilon,

@@ -98,6 +98,12 @@ def check_momentum(momentum: ArrayLike | None) -> None:
         )
 
 
+def check_train(train: object) -> None:
+    """A bool, from Python, NumPy or JAX, traced or not."""
+    if not isinstance(train, bool) and str(getattr(train, "dtype", None)) != "bool":
+        raise TypeError(f"`train` must be a bool, traced or not; got {train!r}.")
+
+
 def check_values_per_channel(x: jax.Array, axis: int) -> None:
     """One value per channel has no variance to divide by."""
     if x.size == x.shape[axis]:

@@ -1,6 +1,7 @@
 """Normalization, and the one derivative rule that serves every mode of differentiation."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,7 +48,8 @@ def normalize(
       residual: reserved for a fused residual input.
 
     Returns:
-      `y`, shape and dtype of `x`, computed in at least float32 and rounded once.
+      `y`, shape and dtype of `x`, computed in at least float32 and rounded once. For the backward
+      pass only `x` is kept, in its own dtype, beside vectors of shape `[C]`.
 
     Raises:
       TypeError: an array is not real floating point, or `axis` is not an int.
@@ -73,7 +75,8 @@ def normalize(
     wide = jnp.float64 if jnp.float64 in (x.dtype, mean.dtype, var.dtype) else jnp.float32
     scale, bias = _scale_and_bias(scale, bias, x, axis, wide)
     factor = jax.lax.rsqrt(var.astype(wide) + epsilon) * scale
-    return _affine(x, mean.astype(wide), factor, bias, axis)
+    y: jax.Array = _recomputed(_affine, axis)(x, mean.astype(wide), factor, bias)
+    return y
 
 
 def batch_normalize(
@@ -148,8 +151,13 @@ def _scale_and_bias(
     return scale.astype(dtype), bias.astype(dtype)
 
 
+def _recomputed(function: Callable[..., Any], axis: int) -> Callable[..., Any]:
+    """`function` keeping its arguments for the backward pass: `x` in its own dtype and vectors."""
+    return jax.checkpoint(functools.partial(function, axis=axis), prevent_cse=False)
+
+
 def _affine(
-    x: jax.Array, shift: jax.Array, factor: jax.Array, offset: jax.Array, axis: int
+    x: jax.Array, shift: jax.Array, factor: jax.Array, offset: jax.Array, *, axis: int
 ) -> jax.Array:
     # The shift comes off first: x·factor + (offset − shift·factor) cancels where the mean is large.
     shift, factor, offset = (expand(v, x.shape, axis) for v in (shift, factor, offset))
@@ -164,7 +172,7 @@ def _normalize_by_batch(
     shift, delta, var = shifted_moments(x, axis)
     rstd = jax.lax.rsqrt(var + epsilon)
     factor = scale * rstd
-    return _affine(x, shift, factor, bias - delta * factor, axis), shift, delta, var, rstd
+    return _affine(x, shift, factor, bias - delta * factor, axis=axis), shift, delta, var, rstd
 
 
 @_normalize_by_batch.defjvp
@@ -174,8 +182,7 @@ def _normalize_by_batch_jvp(
     x, scale, bias = primals
     outputs = _normalize_by_batch(x, scale, bias, axis, epsilon)
     _, shift, delta, _, rstd = outputs
-    # Checkpointed, it keeps its arguments for the backward pass: x in its own dtype and vectors.
-    tangent = jax.checkpoint(functools.partial(_tangent, axis=axis), prevent_cse=False)
+    tangent = _recomputed(_tangent, axis)
     dy, ddelta, dvar, drstd = tangent(tangents, x, shift, delta, rstd, scale)
     return outputs, (dy, jnp.zeros_like(shift), ddelta, dvar, drstd)
 
@@ -200,7 +207,7 @@ def _tangent(
     """
     dx, dscale, dbias = tangents
     dx = dx.astype(rstd.dtype)
-    normalized = _affine(x.astype(rstd.dtype), shift, rstd, -delta * rstd, axis)
+    normalized = _affine(x.astype(rstd.dtype), shift, rstd, -delta * rstd, axis=axis)
     mean_dx = mean_over(dx, axis)
     mean_dx_normalized = mean_over(dx * normalized, axis)
     k = scale * rstd

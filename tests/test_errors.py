@@ -172,6 +172,18 @@ CASES = {
         ValueError,
         "got 2.",
     ),
+    "momentum above 1, in inference": (lambda: infer(momentum=2), ValueError, "got 2."),
+    "mode in words": (
+        lambda: jaxbn.batch_norm(X, STATS, train="no"),
+        TypeError,
+        "`train` must be a bool, traced or not; got 'no'.",
+    ),
+    "mode as a number": (
+        lambda: jaxbn.batch_norm(X, STATS, train=jnp.ones(())),
+        TypeError,
+        "`train` must be a bool",
+    ),
+    "mask, in inference": (lambda: infer(mask=X > 0), NotImplementedError, "`mask` is not"),
     "moments of different channels": (
         lambda: jaxbn.merge_moments(MOMENTS, jaxbn.batch_moments(jnp.ones((4, 2)))),
         ValueError,
@@ -281,4 +293,5 @@ def test_checks_are_not_confused_by_good_input():
     train(X, STATS, V3, V3, momentum=np.float32(0.1), epsilon=np.float32(1e-5), axis=np.int64(3))
     infer(jnp.ones((1, 3)), epsilon=0.0)  # one value per channel is enough to infer
     train(jnp.ones((1, 5, 3)), axis=-1)  # (1, L, C) has L values per channel
+    jaxbn.batch_norm(X, STATS, train=np.bool_(True))
     infer(jnp.ones(3))  # one sample without a batch axis, as under vmap
