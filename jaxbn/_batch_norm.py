@@ -3,12 +3,13 @@
 from typing import Any, TypeVar
 
 import jax
-from jax.typing import ArrayLike
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._checks import check_implemented, check_momentum, check_train
+from jaxbn._checks import check_bool, check_implemented, check_momentum
 from jaxbn._moments import Moments
 from jaxbn._normalize import batch_normalize, normalize
-from jaxbn._stats import BatchStats, update_batch_stats
+from jaxbn._stats import BatchStats, check_stats_dtypes, update_batch_stats
 
 Stats = TypeVar("Stats", BatchStats, None, BatchStats | None)
 
@@ -24,6 +25,7 @@ def batch_norm(
     unbiased: bool = True,
     axis: int = -1,
     epsilon: float = 1e-5,
+    dtype: DTypeLike | None = None,
     axis_name: Any = None,
     mask: ArrayLike | None = None,
     activation: Any = None,
@@ -44,18 +46,20 @@ def batch_norm(
       scale: γ, shape `[C]`; None means 1.
       bias: β, shape `[C]`; None means 0.
       train: True for training mode. A traced bool compiles both modes under `jax.lax.cond`, so `x`
-        must then be fit for training.
+        must then be fit for training. (Inside `jax.shard_map` with `check_vma=True` the mode must
+        be a Python bool.)
       momentum: weight of the new batch, in [0, 1]; None for the cumulative average.
       unbiased: whether the running variance is the unbiased one; the output never depends on it.
       axis: the channel axis of `x`: 1 for torch's layouts, -1 for channels last.
       epsilon: added to the variance inside the square root; a Python number, positive in training.
+      dtype: the dtype of `y`; None for that of `x`.
       axis_name: reserved for moments across devices.
       mask: reserved for samples that do not count.
       activation: reserved for a fused activation.
       residual: reserved for a fused residual input.
 
     Returns:
-      `(y, stats)`: `y` in the shape and dtype of `x`; the new statistics, without gradient, or None
+      `(y, stats)`: `y` in the shape of `x`; the new statistics, without gradient, or None
       where `stats` is None.
 
     Raises:
@@ -80,18 +84,22 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
       Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167;
       `torch.nn.BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d`.
     """
-    check_implemented(mask=mask)
+    check_implemented(axis_name=axis_name, mask=mask)
     check_momentum(momentum)
-    check_train(train)
+    check_bool(train, "train")
+    if stats is not None:
+        stats = BatchStats(*map(jnp.asarray, stats))
+        check_stats_dtypes(stats)
     options: dict[str, Any] = {
         "axis": axis,
         "epsilon": epsilon,
+        "dtype": dtype,
         "activation": activation,
         "residual": residual,
     }
 
     def normalize_by_batch() -> tuple[jax.Array, Moments]:
-        return batch_normalize(x, scale, bias, axis_name=axis_name, mask=mask, **options)
+        return batch_normalize(x, scale, bias, **options)
 
     if stats is None:
         return normalize_by_batch()[0], None

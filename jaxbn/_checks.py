@@ -17,9 +17,10 @@ from jax.typing import ArrayLike, DTypeLike
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
-def statistics_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    """The dtype that statistics of such data are computed in: float32, or float64 for float64."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+def statistics_dtype(*dtypes: DTypeLike) -> np.dtype[Any]:
+    """The dtype to compute in for data of these dtypes: float64 if one of them is, else float32."""
+    wide = any(dtype == np.float64 for dtype in dtypes)
+    return np.dtype(np.float64 if wide else np.float32)
 
 
 def checked_float(value: ArrayLike, name: str) -> jax.Array:
@@ -33,6 +34,14 @@ def checked_float(value: ArrayLike, name: str) -> jax.Array:
     return array
 
 
+def checked_dtype(dtype: DTypeLike | None, x: jax.Array) -> np.dtype[Any]:
+    """The dtype of the output: `dtype`, or that of `x` where it is None."""
+    chosen = jax.dtypes.canonicalize_dtype(x.dtype if dtype is None else dtype)
+    if chosen.name not in FLOAT_DTYPES:
+        raise TypeError(f"`dtype` must be one of {', '.join(FLOAT_DTYPES)}, or None; got {chosen}.")
+    return np.dtype(chosen)
+
+
 def checked_axis(shape: tuple[int, ...], axis: int) -> int:
     """The channel axis of an array of this shape, counted from the front."""
     try:
@@ -42,6 +51,8 @@ def checked_axis(shape: tuple[int, ...], axis: int) -> int:
             f"`axis` must be one int, the channel axis of `x`; got {axis!r}. "
             "Every other axis is reduced."
         ) from None
+    if not shape:
+        raise ValueError("`x` must have at least 1 dimension, the channels; got a scalar.")
     if not -len(shape) <= index < len(shape):
         raise ValueError(
             f"`axis` must name an axis of `x`, from {-len(shape)} to {len(shape) - 1}; "
@@ -80,28 +91,40 @@ def axis_hint(shape: tuple[int, ...], axis: int, expected: tuple[int, ...]) -> s
     return f" For {layout} inputs pass axis={other}."
 
 
-def check_epsilon(epsilon: float, *, train: bool) -> None:
-    """Positive in training, non-negative in evaluation, finite."""
+def checked_epsilon(epsilon: float, *, train: bool) -> float:
+    """`epsilon` as a float: finite, positive in training, non-negative in inference."""
     if not isinstance(epsilon, numbers.Real):
-        raise TypeError(f"`epsilon` must be a Python number, not traced; got {epsilon!r}.")
+        raise TypeError(
+            "`epsilon` must be a Python number, known when the function is traced; "
+            f"got {type(epsilon).__name__}. Outside jit, pass float(epsilon)."
+        )
     if not math.isfinite(epsilon) or epsilon < 0 or (train and epsilon == 0):
         requirement = "positive during training" if train else "non-negative"
         raise ValueError(f"`epsilon` must be finite and {requirement}; got {epsilon}.")
+    return float(epsilon)
 
 
 def check_momentum(momentum: ArrayLike | None) -> None:
-    """None, or in [0, 1] where it is a Python number; an array is taken as it is."""
-    if isinstance(momentum, numbers.Real) and not 0 <= momentum <= 1:
+    """None, a number in [0, 1], or a floating scalar array, whose value is not looked at."""
+    if momentum is None:
+        return
+    if isinstance(momentum, numbers.Real):
+        if not 0 <= momentum <= 1:
+            raise ValueError(
+                "`momentum` must be None or between 0 and 1, the weight of the new batch in "
+                f"(1 - momentum) * old + momentum * batch; got {momentum}."
+            )
+    elif checked_float(momentum, "momentum").ndim:
         raise ValueError(
-            "`momentum` must be None or between 0 and 1, the weight of the new batch in "
-            f"(1 - momentum) * old + momentum * batch; got {momentum}."
+            "`momentum` must be a scalar, the same for all channels; "
+            f"got shape {jnp.shape(momentum)}."
         )
 
 
-def check_train(train: object) -> None:
+def check_bool(value: object, name: str) -> None:
     """A bool, from Python, NumPy or JAX, traced or not."""
-    if not isinstance(train, bool) and str(getattr(train, "dtype", None)) != "bool":
-        raise TypeError(f"`train` must be a bool, traced or not; got {train!r}.")
+    if not isinstance(value, bool) and str(getattr(value, "dtype", None)) != "bool":
+        raise TypeError(f"`{name}` must be True, False or a traced bool; got {value!r}.")
 
 
 def check_values_per_channel(x: jax.Array, axis: int) -> None:
@@ -116,6 +139,4 @@ def check_implemented(**arguments: object) -> None:
     """Refuses arguments whose names are reserved but whose meaning is not there yet."""
     for name, value in arguments.items():
         if value is not None:
-            raise NotImplementedError(
-                f"`{name}` is not implemented yet; leave it at None. Got {value!r}."
-            )
+            raise NotImplementedError(f"`{name}` is not implemented yet; leave it at None.")

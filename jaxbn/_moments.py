@@ -20,7 +20,8 @@ class Moments(NamedTuple):
     Attributes:
       mean: `E[x]`, shape `[C]`, float32 or float64.
       var: `E[(x − mean)²]`, the variance divided by `count`, shape `[C]`, dtype of `mean`.
-      count: samples per channel, shape `[]`, dtype of `mean`.
+      count: samples per channel, shape `[]`, dtype of `mean`: in float32 a sum of counts is rounded
+        above 2²⁴, and is as good a weight as before.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -93,7 +94,7 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
       `Moments` of all samples together, in the dtype of the arguments.
 
     Raises:
-      ValueError: the shapes of the means differ.
+      ValueError: the shapes of the means and variances differ.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -106,12 +107,12 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
       Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
       variances", COMPSTAT 1982.
     """
-    for other in others:
-        if other.mean.shape != first.mean.shape:
-            raise ValueError(
-                f"Merged moments must describe the same channels; got means of shape "
-                f"{first.mean.shape} and {other.mean.shape}."
-            )
+    shapes = {v.shape for moments in (first, *others) for v in (moments.mean, moments.var)}
+    if len(shapes) > 1:
+        raise ValueError(
+            "Merged moments must describe the same channels; got vectors of the shapes "
+            f"{', '.join(map(str, sorted(shapes)))}."
+        )
     return functools.reduce(_merge_two, others, first)
 
 
@@ -136,4 +137,5 @@ def shifted_moments(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.
     deviation = x - expand(shift, x.shape, axis)
     delta = mean_over(deviation, axis)
     var = mean_over(jnp.square(deviation), axis) - jnp.square(delta)
-    return shift, delta, jnp.maximum(var, 0)
+    # Rounding may leave a constant channel just below zero; the derivative is that of `var`.
+    return shift, delta, var + jax.lax.stop_gradient(jnp.maximum(-var, 0))

@@ -6,18 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._checks import (
-    check_epsilon,
     check_implemented,
     check_values_per_channel,
+    checked_dtype,
+    checked_epsilon,
     checked_input,
     checked_vector,
     statistics_dtype,
 )
 from jaxbn._moments import Moments, shifted_moments
-from jaxbn._sums import expand, mean_over
+from jaxbn._sums import expand, expand_tangent, mean_over
 
 
 def normalize(
@@ -29,6 +30,7 @@ def normalize(
     *,
     axis: int = -1,
     epsilon: float = 1e-5,
+    dtype: DTypeLike | None = None,
     activation: Any = None,
     residual: ArrayLike | None = None,
 ) -> jax.Array:
@@ -44,11 +46,12 @@ def normalize(
       bias: β, shape `[C]`; None means 0.
       axis: the channel axis of `x`.
       epsilon: added to the variance inside the square root; a Python number ≥ 0.
+      dtype: the dtype of `y`; None for that of `x`.
       activation: reserved for a fused activation.
       residual: reserved for a fused residual input.
 
     Returns:
-      `y`, shape and dtype of `x`, computed in at least float32 and rounded once. For the backward
+      `y`, of the shape of `x`, computed in at least float32 and rounded once. For the backward
       pass only `x` is kept, in its own dtype, beside vectors of shape `[C]`.
 
     Raises:
@@ -68,14 +71,16 @@ def normalize(
       `torch.nn.functional.batch_norm` with `training=False`.
     """
     check_implemented(activation=activation, residual=residual)
-    check_epsilon(epsilon, train=False)
+    epsilon = checked_epsilon(epsilon, train=False)
     x, axis = checked_input(x, axis)
+    dtype = checked_dtype(dtype, x)
     mean = checked_vector(mean, "mean", x, axis)
     var = checked_vector(var, "var", x, axis)
-    wide = jnp.float64 if jnp.float64 in (x.dtype, mean.dtype, var.dtype) else jnp.float32
+    wide = statistics_dtype(x.dtype, mean.dtype, var.dtype, dtype)
     scale, bias = _scale_and_bias(scale, bias, x, axis, wide)
     factor = jax.lax.rsqrt(var.astype(wide) + epsilon) * scale
-    y: jax.Array = _recomputed(_affine, axis)(x, mean.astype(wide), factor, bias)
+    affine = _recomputed(_affine, axis=axis, dtype=dtype)
+    y: jax.Array = affine(x, mean.astype(wide), factor, bias)
     return y
 
 
@@ -86,6 +91,7 @@ def batch_normalize(
     *,
     axis: int = -1,
     epsilon: float = 1e-5,
+    dtype: DTypeLike | None = None,
     axis_name: Any = None,
     mask: ArrayLike | None = None,
     activation: Any = None,
@@ -104,13 +110,14 @@ def batch_normalize(
       bias: β, shape `[C]`; None means 0.
       axis: the channel axis of `x`; every other axis is reduced.
       epsilon: added to the variance inside the square root; a Python number > 0.
+      dtype: the dtype of `y`; None for that of `x`.
       axis_name: reserved for moments across devices.
       mask: reserved for samples that do not count.
       activation: reserved for a fused activation.
       residual: reserved for a fused residual input.
 
     Returns:
-      `(y, moments)`: `y` in the shape and dtype of `x`, computed in at least float32 and rounded
+      `(y, moments)`: `y` in the shape of `x`, computed in at least float32 and rounded
       once; `moments` as `batch_moments(x)` gives them, for `update_batch_stats`. Both are
       differentiable to any order, in forward and reverse mode.
 
@@ -134,11 +141,12 @@ def batch_normalize(
       `torch.nn.functional.batch_norm` with `training=True`.
     """
     check_implemented(axis_name=axis_name, mask=mask, activation=activation, residual=residual)
-    check_epsilon(epsilon, train=True)
+    epsilon = checked_epsilon(epsilon, train=True)
     x, axis = checked_input(x, axis)
+    dtype = checked_dtype(dtype, x)
     check_values_per_channel(x, axis)
-    scale, bias = _scale_and_bias(scale, bias, x, axis, statistics_dtype(x.dtype))
-    y, shift, delta, var, _ = _normalize_by_batch(x, scale, bias, axis, float(epsilon))
+    scale, bias = _scale_and_bias(scale, bias, x, axis, statistics_dtype(x.dtype, dtype))
+    y, shift, delta, var, _ = _normalize_by_batch(x, scale, bias, axis, epsilon, dtype)
     count = jnp.asarray(x.size // x.shape[axis], var.dtype)
     return y, Moments(shift + delta, var, count)
 
@@ -151,38 +159,54 @@ def _scale_and_bias(
     return scale.astype(dtype), bias.astype(dtype)
 
 
-def _recomputed(function: Callable[..., Any], axis: int) -> Callable[..., Any]:
+def _recomputed(function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
     """`function` keeping its arguments for the backward pass: `x` in its own dtype and vectors."""
-    return jax.checkpoint(functools.partial(function, axis=axis), prevent_cse=False)
+    return jax.checkpoint(functools.partial(function, **static), prevent_cse=False)
 
 
 def _affine(
-    x: jax.Array, shift: jax.Array, factor: jax.Array, offset: jax.Array, *, axis: int
+    x: jax.Array,
+    shift: jax.Array,
+    factor: jax.Array,
+    offset: jax.Array,
+    *,
+    axis: int,
+    dtype: DTypeLike,
 ) -> jax.Array:
     # The shift comes off first: x·factor + (offset − shift·factor) cancels where the mean is large.
     shift, factor, offset = (expand(v, x.shape, axis) for v in (shift, factor, offset))
-    return ((x.astype(shift.dtype) - shift) * factor + offset).astype(x.dtype)
+    return ((x.astype(shift.dtype) - shift) * factor + offset).astype(dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
 def _normalize_by_batch(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, axis: int, epsilon: float
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    axis: int,
+    epsilon: float,
+    dtype: DTypeLike,
 ) -> tuple[jax.Array, ...]:
-    """`(y, shift, delta, var, rstd)` with `mean = shift + delta`."""
-    shift, delta, var = shifted_moments(x, axis)
+    """`(y, shift, delta, var, rstd)` with `mean = shift + delta`, in the dtype of `scale`."""
+    shift, delta, var = shifted_moments(x.astype(scale.dtype), axis)
     rstd = jax.lax.rsqrt(var + epsilon)
     factor = scale * rstd
-    return _affine(x, shift, factor, bias - delta * factor, axis=axis), shift, delta, var, rstd
+    y = _affine(x, shift, factor, bias - delta * factor, axis=axis, dtype=dtype)
+    return y, shift, delta, var, rstd
 
 
 @_normalize_by_batch.defjvp
 def _normalize_by_batch_jvp(
-    axis: int, epsilon: float, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+    axis: int,
+    epsilon: float,
+    dtype: DTypeLike,
+    primals: tuple[jax.Array, ...],
+    tangents: tuple[jax.Array, ...],
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     x, scale, bias = primals
-    outputs = _normalize_by_batch(x, scale, bias, axis, epsilon)
+    outputs = _normalize_by_batch(x, scale, bias, axis, epsilon, dtype)
     _, shift, delta, _, rstd = outputs
-    tangent = _recomputed(_tangent, axis)
+    tangent = _recomputed(_tangent, axis=axis, dtype=dtype)
     dy, ddelta, dvar, drstd = tangent(tangents, x, shift, delta, rstd, scale)
     return outputs, (dy, jnp.zeros_like(shift), ddelta, dvar, drstd)
 
@@ -196,6 +220,7 @@ def _tangent(
     scale: jax.Array,
     *,
     axis: int,
+    dtype: DTypeLike,
 ) -> tuple[jax.Array, ...]:
     """Tangents of `(y, delta, var, rstd)`, linear in those of `(x, scale, bias)`.
 
@@ -207,11 +232,12 @@ def _tangent(
     """
     dx, dscale, dbias = tangents
     dx = dx.astype(rstd.dtype)
-    normalized = _affine(x.astype(rstd.dtype), shift, rstd, -delta * rstd, axis=axis)
+    normalized = _affine(x, shift, rstd, -delta * rstd, axis=axis, dtype=rstd.dtype)
     mean_dx = mean_over(dx, axis)
     mean_dx_normalized = mean_over(dx * normalized, axis)
     k = scale * rstd
     p, q = dbias - k * mean_dx, dscale - k * mean_dx_normalized
-    k, p, q = (expand(v, x.shape, axis) for v in (k, p, q))
-    dy = (k * dx + p + normalized * q).astype(x.dtype)
+    k = expand(k, x.shape, axis)
+    p, q = (expand_tangent(v, x.shape, axis) for v in (p, q))
+    dy = (k * dx + p + normalized * q).astype(dtype)
     return dy, mean_dx, 2 * mean_dx_normalized / rstd, -(rstd * mean_dx_normalized) * rstd

@@ -32,7 +32,9 @@ count=Array(0, dtype=int32))
 
 
 def init_batch_stats(num_features: int, dtype: DTypeLike = jnp.float32) -> BatchStats:
-    """Running statistics before the first batch: mean 0, variance 1, count 0.
+    """Running statistics before the first batch.
+
+        mean = 0        var = 1        count = 0
 
     Args:
       num_features: the number of channels, C ≥ 1.
@@ -58,7 +60,7 @@ def init_batch_stats(num_features: int, dtype: DTypeLike = jnp.float32) -> Batch
     stats = BatchStats(
         jnp.zeros(num_features, dtype), jnp.ones(num_features, dtype), jnp.zeros((), jnp.int32)
     )
-    _check_dtypes(stats)
+    check_stats_dtypes(stats)
     return stats
 
 
@@ -83,14 +85,15 @@ def update_batch_stats(
     Args:
       stats: the running statistics, vectors of shape `[C]`.
       moments: those of the batch, vectors of shape `[C]`.
-      momentum: a number in [0, 1], a traced scalar, or None.
+      momentum: a number in [0, 1], a scalar array, traced or not, or None.
       unbiased: keep the variance divided by n − 1 (torch), or by n (Flax, Keras, ONNX).
 
     Returns:
       New `BatchStats`, in the dtypes of `stats`.
 
     Raises:
-      TypeError: `stats` is narrower than float32, or its count is not an integer.
+      TypeError: `stats` is narrower than float32, or its count is not an integer; `momentum` is
+        not a number.
       ValueError: the shapes differ, or `momentum` is a number outside [0, 1].
 
     Example:
@@ -107,7 +110,7 @@ def update_batch_stats(
     """
     check_momentum(momentum)
     stats, moments = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, (stats, moments)))
-    _check_dtypes(stats)
+    check_stats_dtypes(stats)
     _check_shapes(stats, moments)
     dtype = stats.mean.dtype
     count = stats.count + 1
@@ -124,13 +127,19 @@ def update_batch_stats(
     )
 
 
-def _check_dtypes(stats: BatchStats) -> None:
+def check_stats_dtypes(stats: BatchStats) -> None:
+    """Vectors of float32 or float64, both of the same, and an integer count."""
     for name, vector in (("mean", stats.mean), ("var", stats.var)):
         if vector.dtype not in (jnp.float32, jnp.float64):
             raise TypeError(
                 f"Running statistics must be float32 or float64; got stats.{name} of dtype "
                 f"{vector.dtype}, in which small updates are lost. Use .astype(jnp.float32)."
             )
+    if stats.mean.dtype != stats.var.dtype:
+        raise TypeError(
+            "Running mean and variance must have the same dtype; "
+            f"got {stats.mean.dtype} and {stats.var.dtype}."
+        )
     if not jnp.issubdtype(stats.count.dtype, jnp.integer):
         raise TypeError(
             "`stats.count` must be an integer array, the number of batches; "

@@ -9,12 +9,14 @@ nineteen bits to spare, and sums of `low` lose 2⁵ times less than sums of `x`.
 left to the compiler, which adds those in blocks.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-SMALL = 2**15  # elements; from some 2¹³ on XLA:CPU adds in blocks
+# Elements. XLA:CPU adds in blocks from some 2¹³ on, which 2 parts still beat at little cost here.
+SMALL = 2**15
 
 
 def reduced_axes(ndim: int, axis: int) -> tuple[int, ...]:
@@ -36,8 +38,26 @@ def mean_over(x: jax.Array, axis: int) -> jax.Array:
     return sum_over(x, axis) / max(1, x.size // x.shape[axis])
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def expand(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """`vector` along `axis`, broadcastable to `shape`; its transpose is `sum_over`."""
+    """`vector` along `axis`, broadcastable to `shape`; in reverse mode it becomes `sum_over`."""
+    if _in_two_parts(shape, vector.dtype):
+        return jax.lax.broadcast_in_dim(vector, shape, (axis,))
+    return jnp.expand_dims(vector, reduced_axes(len(shape), axis))
+
+
+@expand.defjvp
+def _expand_jvp(
+    shape: tuple[int, ...],
+    axis: int,
+    primals: tuple[jax.Array],
+    tangents: tuple[jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    return expand(*primals, shape, axis), expand_tangent(*tangents, shape, axis)
+
+
+def expand_tangent(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """`expand` of a vector that is itself a tangent: linear, with `sum_over` as its transpose."""
     if not _in_two_parts(shape, vector.dtype):
         return jnp.expand_dims(vector, reduced_axes(len(shape), axis))
     # Two broadcasts, for two sums when transposed: of _high(cotangent), and of the rest.

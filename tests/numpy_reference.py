@@ -64,6 +64,7 @@ def error(actual, expected):
     """Largest difference over the largest expected magnitude, in float64."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
+    assert np.isfinite(actual).all()
     return np.abs(actual - expected).max() / np.abs(expected).max()
 
 

@@ -59,7 +59,11 @@ CASES = {
         TypeError,
         "`axis` must be one int, the channel axis of `x`; got (1, 2).",
     ),
-    "scalar input": (lambda: train(1.0), ValueError, "for x.shape=()."),
+    "scalar input": (
+        lambda: train(1.0),
+        ValueError,
+        "`x` must have at least 1 dimension, the channels; got a scalar.",
+    ),
     "no channels": (
         lambda: train(jnp.ones((4, 0)), STATS),
         ValueError,
@@ -108,6 +112,16 @@ CASES = {
         TypeError,
         "Running statistics must be float32 or float64; got stats.var of dtype bfloat16",
     ),
+    "half-precision statistics, in inference": (
+        lambda: infer(X, STATS._replace(mean=V3.astype(jnp.float16))),
+        TypeError,
+        "got stats.mean of dtype float16",
+    ),
+    "output of whole numbers": (
+        lambda: train(dtype=jnp.int32),
+        TypeError,
+        "`dtype` must be one of bfloat16, float16, float32, float64, or None; got int32.",
+    ),
     "float count": (
         lambda: train(X, STATS._replace(count=1.0)),
         TypeError,
@@ -153,7 +167,7 @@ CASES = {
     "traced epsilon": (
         lambda: jax.jit(lambda e: train(epsilon=e))(1e-5),
         TypeError,
-        "`epsilon` must be a Python number",
+        "`epsilon` must be a Python number, known when the function is traced",
     ),
     "momentum above 1": (
         lambda: train(momentum=1.5),
@@ -167,6 +181,12 @@ CASES = {
         "`momentum` must be None or between 0 and 1",
     ),
     "NaN momentum": (lambda: train(momentum=float("nan")), ValueError, "got nan."),
+    "momentum for each channel": (
+        lambda: train(momentum=jnp.full(3, 0.1)),
+        ValueError,
+        "`momentum` must be a scalar, the same for all channels; got shape (3,).",
+    ),
+    "momentum in words": (lambda: train(momentum="0.1"), TypeError, "0.1"),
     "momentum above 1, traced mode": (
         lambda: jaxbn.batch_norm(X, STATS, train=jnp.array(True), momentum=2),
         ValueError,
@@ -176,18 +196,23 @@ CASES = {
     "mode in words": (
         lambda: jaxbn.batch_norm(X, STATS, train="no"),
         TypeError,
-        "`train` must be a bool, traced or not; got 'no'.",
+        "`train` must be True, False or a traced bool; got 'no'.",
     ),
     "mode as a number": (
         lambda: jaxbn.batch_norm(X, STATS, train=jnp.ones(())),
         TypeError,
-        "`train` must be a bool",
+        "`train` must be True, False or a traced bool",
     ),
     "mask, in inference": (lambda: infer(mask=X > 0), NotImplementedError, "`mask` is not"),
     "moments of different channels": (
         lambda: jaxbn.merge_moments(MOMENTS, jaxbn.batch_moments(jnp.ones((4, 2)))),
         ValueError,
-        "must describe the same channels; got means of shape (3,) and (2,).",
+        "must describe the same channels; got vectors of the shapes (2,), (3,).",
+    ),
+    "moments of a mean and a variance of different channels": (
+        lambda: jaxbn.merge_moments(MOMENTS, MOMENTS._replace(var=jnp.ones(1))),
+        ValueError,
+        "got vectors of the shapes (1,), (3,).",
     ),
     "axis_name": (lambda: train(axis_name="i"), NotImplementedError, "`axis_name` is not"),
     "mask": (
@@ -198,7 +223,7 @@ CASES = {
     "activation": (
         lambda: infer(activation="relu"),
         NotImplementedError,
-        "`activation` is not implemented yet; leave it at None. Got 'relu'.",
+        "`activation` is not implemented yet; leave it at None.",
     ),
     "residual": (lambda: train(residual=X), NotImplementedError, "`residual` is not"),
     "1d layer, images": (
@@ -252,7 +277,38 @@ CASES = {
     "layer, momentum above 1": (
         lambda: layer(linen.BatchNorm(momentum=1.5), X),
         ValueError,
-        "got 1.5.",
+        "`momentum` of BatchNorm must be between 0 and 1, the weight of the old statistics in "
+        "momentum * old + (1 - momentum) * batch; got 1.5.",
+    ),
+    "layer, no momentum": (
+        lambda: layer(linen.BatchNorm(momentum=None), X),
+        ValueError,
+        "`momentum` of BatchNorm must be between 0 and 1",
+    ),
+    "torch layer, momentum above 1": (
+        lambda: trained_layer(linen.BatchNorm2d(3, momentum=1.5, axis=-1), X, X),
+        ValueError,
+        "the weight of the new batch in (1 - momentum) * old + momentum * batch; got 1.5.",
+    ),
+    "layer, several axes": (
+        lambda: layer(linen.BatchNorm2d(3, axis=(1,)), X),
+        TypeError,
+        "`axis` must be one int, the channel axis of `x`; got (1,).",
+    ),
+    "layer, axis out of range": (
+        lambda: layer(linen.BatchNorm2d(3, axis=4), X),
+        ValueError,
+        "`axis` must name an axis of `x`, from -4 to 3; got axis=4 for x.shape=(8, 4, 4, 3).",
+    ),
+    "1d layer, axis of one layout": (
+        lambda: layer(linen.BatchNorm1d(3, axis=2), X),
+        ValueError,
+        "BatchNorm1d expected 2D or 3D input, (N, L, C) with axis=2; got 4D input",
+    ),
+    "layer, mode in words": (
+        lambda: linen.BatchNorm1d(3).init(jax.random.key(0), jnp.ones((8, 3)), "no"),
+        TypeError,
+        "`use_running_average` must be True, False or a traced bool; got 'no'.",
     ),
     "layer, mode missing": (
         lambda: linen.BatchNorm2d(3, axis=-1).init(jax.random.key(0), X),
@@ -275,7 +331,7 @@ CASES = {
         "`axis_index_groups` is not",
     ),
     "layer, axis_name": (
-        lambda: trained_layer(linen.BatchNorm2d(3, axis=-1, axis_name="i"), X, X),
+        lambda: layer(linen.BatchNorm2d(3, axis=-1, axis_name="i"), X, train=False),
         NotImplementedError,
         "`axis_name` is not",
     ),
@@ -289,9 +345,24 @@ def test_bad_input(case):
         call()
 
 
+@pytest.mark.usefixtures("x64")
+def test_statistics_of_two_dtypes():
+    stats = jaxbn.init_batch_stats(3)
+    stats = stats._replace(mean=stats.mean.astype(jnp.float64))
+    with pytest.raises(TypeError, match="must have the same dtype; got float64 and float32"):
+        train(jnp.ones((4, 3), jnp.float32), stats)
+
+
 def test_checks_are_not_confused_by_good_input():
-    train(X, STATS, V3, V3, momentum=np.float32(0.1), epsilon=np.float32(1e-5), axis=np.int64(3))
-    infer(jnp.ones((1, 3)), epsilon=0.0)  # one value per channel is enough to infer
-    train(jnp.ones((1, 5, 3)), axis=-1)  # (1, L, C) has L values per channel
-    jaxbn.batch_norm(X, STATS, train=np.bool_(True))
-    infer(jnp.ones(3))  # one sample without a batch axis, as under vmap
+    x = X + jnp.arange(8.0).reshape(8, 1, 1, 1)
+    expected = train(x, STATS, V3, V3, momentum=0.1)
+    for number, mode in ((np.float32, np.bool_(True)), (jnp.float32, True)):
+        epsilon = np.float32(1e-5)
+        actual = jaxbn.batch_norm(
+            x, STATS, V3, V3, train=mode, momentum=number(0.1), epsilon=epsilon, axis=np.int64(3)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), actual, expected)
+    # One value per channel is enough to infer, without a batch axis too, and (1, L, C) to train.
+    np.testing.assert_array_equal(infer(jnp.ones((1, 3)), epsilon=0.0)[0], np.ones((1, 3)))
+    np.testing.assert_array_equal(infer(jnp.ones(3), epsilon=0.0)[0], np.ones(3))
+    np.testing.assert_array_equal(train(jnp.ones((1, 5, 3)))[0], np.zeros((1, 5, 3)))

@@ -1,7 +1,5 @@
 """The Linen modules: variables, modes, conventions, and Flax's own layer beside ours."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,7 +24,8 @@ def shapes(tree):
 
 
 def run(module, variables, x, train=True, **options):
-    y, updates = module.apply(variables, x, not train, mutable=["batch_stats"], **options)
+    inference = jnp.logical_not(train) if isinstance(train, jax.Array) else not train
+    y, updates = module.apply(variables, x, inference, mutable=["batch_stats"], **options)
     return y, {**variables, **updates}
 
 
@@ -109,17 +108,17 @@ def test_initialization_takes_one_sample_and_is_no_batch(module):
 @pytest.mark.parametrize("module", [linen.BatchNorm1d(4), linen.BatchNorm()])
 def test_the_mode_may_be_traced(module):
     x = sample((6, 4), 0, dtype=np.float32)
-    variables = module.init(jax.random.key(0), x, jnp.array(False))
-    jitted = jax.jit(functools.partial(run, module))
-    for mode in (True, False):
-        y, after = run(module, variables, x, mode)
-        y_traced, after_traced = module.apply(
-            variables, x, jnp.array(not mode), mutable=["batch_stats"]
+    key = jax.random.key(0)
+    variables = jax.jit(module.init)(key, x, jnp.array(False))
+    jax.tree.map(np.testing.assert_array_equal, variables, module.init(key, x, False))
+    traced = jax.jit(lambda train: run(module, variables, x, train))
+    for train_ in (True, False):
+        expected = run(module, variables, x, train_)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+            traced(jnp.array(train_)),
+            expected,
         )
-        np.testing.assert_allclose(y_traced, y, atol=1e-6)
-        after_traced = {**variables, **after_traced}
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after_traced, after)
-    np.testing.assert_allclose(jitted(variables, x)[0], run(module, variables, x)[0], atol=1e-6)
 
 
 def test_training_needs_mutable_statistics():
@@ -253,12 +252,37 @@ def test_where_flax_is_wrong_we_differ():
     np.testing.assert_array_equal(jax.grad(statistic)(x), np.zeros_like(x))
 
 
-def test_integer_images_are_promoted_as_flax_promotes_them():
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_integer_images_are_promoted_as_flax_promotes_them(param_dtype):
     x = np.arange(48, dtype=np.uint8).reshape(4, 2, 2, 3)
-    module = linen.BatchNorm()
+    ours, theirs = (module(param_dtype=param_dtype) for module in (linen.BatchNorm, nn.BatchNorm))
     with jax.numpy_dtype_promotion("standard"):
-        y, _ = run(module, module.init(jax.random.key(0), x, False), x)
-    np.testing.assert_array_equal(y, jaxbn.batch_normalize(x.astype(np.float32))[0])
+        variables = ours.init(jax.random.key(0), x, False)
+        y, _ = run(ours, variables, x)
+        expected, _ = run(theirs, variables, x)
+    assert y.dtype == expected.dtype
+    np.testing.assert_allclose(*(v.astype(jnp.float32) for v in (y, expected)), atol=2e-2)
+
+
+def test_half_precision_statistics_of_a_checkpoint_are_widened():
+    x = sample((8, 3), 0, dtype=np.float32)
+    module = linen.BatchNorm()
+    variables = module.init(jax.random.key(0), x, False)
+    half = {
+        **variables,
+        "batch_stats": jax.tree.map(lambda v: v.astype(jnp.bfloat16), variables["batch_stats"]),
+    }
+    y, after = run(module, half, x)
+    expected, expected_after = run(module, variables, x)
+    np.testing.assert_array_equal(y, expected)
+    jax.tree.map(np.testing.assert_array_equal, after, expected_after)
+
+
+@pytest.mark.parametrize("train_", [True, False])
+def test_initialization_without_statistics_takes_one_sample(train_):
+    module = linen.BatchNorm1d(3, track_running_stats=False)
+    y, _ = module.init_with_output(jax.random.key(0), np.ones((1, 3), np.float32), not train_)
+    np.testing.assert_array_equal(y, np.zeros((1, 3)))
 
 
 def test_the_functions_do_not_bring_flax():

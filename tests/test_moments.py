@@ -76,8 +76,9 @@ def test_derivatives(mode):
     eye = np.eye(2)[:, None, :]
     np.testing.assert_allclose(derivative.mean, np.broadcast_to(eye / n, (2, 5, 2)), atol=1e-12)
     np.testing.assert_allclose(derivative.var, eye * 2 * (x - mean) / n, atol=1e-12)
-    second = jax.hessian(lambda x: jaxbn.batch_moments(x).var[0])(x)[:, 0, :, 0]
-    np.testing.assert_allclose(second, 2 * (np.eye(n) - 1 / n) / n, atol=1e-12)
+    for point in (x, np.ones_like(x)):  # a constant channel is no exception
+        second = jax.hessian(lambda x: jaxbn.batch_moments(x).var[0])(point)[:, 0, :, 0]
+        np.testing.assert_allclose(second, 2 * (np.eye(n) - 1 / n) / n, atol=1e-12)
 
 
 def test_streaming_over_a_scan():

@@ -170,6 +170,33 @@ def test_inference_gradients_reach_mean_and_var():
     assert error(dvar, expected_dvar) <= tolerance(np.float32, 12)
 
 
+@pytest.mark.parametrize("rows", [32, 20_000])  # summed in two parts, and by the compiler
+def test_infinite_parameters_stay_where_they_are(rows):
+    x = sample((rows, 2), 0, dtype=np.float32)
+    bias = jnp.array([np.inf, 3.4e38])
+    for y in (
+        jaxbn.normalize(x, x[0], x[1] ** 2, bias=bias),
+        jaxbn.batch_normalize(x, bias=bias)[0],
+    ):
+        np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
+    x[0, 0] = np.inf
+    np.testing.assert_array_equal(jaxbn.batch_moments(x).mean[0], np.nan)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("input_dtype", ["bfloat16", "float32"])
+def test_output_dtype(input_dtype, dtype):
+    x, scale, bias, _ = problem((16, 9, 9, 6), -1)
+    x = jnp.asarray(x, input_dtype)
+    wide, moments = jaxbn.batch_normalize(x.astype(jnp.float32), scale, bias)
+    y, _ = jaxbn.batch_normalize(x, scale, bias, dtype=dtype)
+    assert y.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(y, wide.astype(dtype))
+    y = jaxbn.normalize(x, *moments[:2], scale, bias, dtype=dtype)
+    wide = jaxbn.normalize(x.astype(jnp.float32), *moments[:2], scale, bias)
+    np.testing.assert_array_equal(y, wide.astype(dtype))
+
+
 def test_accepts_numpy_arrays():
     x = sample((6, 3), 0, dtype=np.float32)
     y, moments = jaxbn.batch_normalize(x)

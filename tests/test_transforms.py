@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 from numpy_reference import error, problem, sample, tolerance, train
 
 import jaxbn
+from jaxbn import linen
 
 SHAPES = [((6, 3), 1), ((2, 3, 2, 2), 1), ((2, 2, 2, 3), -1)]
 
@@ -122,7 +123,26 @@ def test_the_backward_pass_keeps_the_input_and_vectors(mode, shape, axis, dtype)
     def function(x, scale, bias):
         return jaxbn.batch_norm(x, stats, scale, bias, train=mode == "train", axis=axis)[0]
 
-    _, pullback = jax.vjp(function, x, scale, bias)
+    check_kept(function, x, axis, scale, bias)
+
+
+@pytest.mark.parametrize("module", [linen.BatchNorm(), linen.BatchNorm2d(8, axis=-1)])
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_the_backward_pass_of_a_layer_keeps_no_wider_input(mode, module):
+    x, *_ = problem((16, 24, 24, 8), -1)
+    x = jnp.asarray(x, jnp.bfloat16)
+
+    def function(x, params):
+        variables = {**others, "params": params}
+        return module.apply(variables, x, mode != "train", mutable=["batch_stats"])[0]
+
+    with jax.numpy_dtype_promotion("standard"):  # by which Flax's layer puts out float32
+        others = module.init(jax.random.key(0), x, True)
+        check_kept(function, x, -1, others["params"])
+
+
+def check_kept(function, x, axis, *parameters):
+    _, pullback = jax.vjp(function, x, *parameters)
     kept = sum(v.nbytes for v in jax.tree.leaves(pullback) if v.shape)
     assert x.nbytes <= kept <= x.nbytes + 8 * 4 * x.shape[axis]
 

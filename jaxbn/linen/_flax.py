@@ -9,7 +9,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxbn._checks import check_implemented, check_momentum, checked_axis, checked_float
+from jaxbn._checks import check_implemented, checked_axis, checked_float
 from jaxbn.linen._variables import (
     check_channels,
     normalize_with,
@@ -34,11 +34,13 @@ class BatchNorm(nn.Module):
 
     It differs from Flax where Flax's numbers are wrong: the variance does not cancel under a large
     mean, no gradient flows into the statistics, one value per channel in training is an error, an
-    empty batch leaves the statistics as they were, and statistics keep their dtype.
+    empty batch leaves the statistics as they were, and statistics keep their dtype, which is never
+    narrower than float32. Complex input and several channel axes are refused.
 
     Attributes:
       use_running_average: whether to normalize by the running statistics (inference); given either
-        here or in the call. In the call it may be a traced bool.
+        here or in the call. In the call it may be a traced bool; `batch_stats` must then be
+        mutable in inference too.
       axis: the channel axis of the input.
       momentum: weight of the old running statistics, between 0 and 1.
       epsilon: added to the variance inside the square root.
@@ -110,11 +112,14 @@ class BatchNorm(nn.Module):
           Normalized input, of the shape of `x`.
         """
         check_implemented(axis_index_groups=self.axis_index_groups)
-        check_momentum(self.momentum)
-        x = jnp.asarray(x)
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            x = x.astype(jnp.float32)
-        x = checked_float(x, "x")
+        if self.momentum is None or not 0 <= self.momentum <= 1:
+            raise ValueError(
+                "`momentum` of BatchNorm must be between 0 and 1, the weight of the old statistics "
+                f"in momentum * old + (1 - momentum) * batch; got {self.momentum}."
+            )
+        given = jnp.asarray(x)
+        integer = jnp.issubdtype(given.dtype, jnp.integer)
+        x = checked_float(given.astype(jnp.float32) if integer else given, "x")
         num_features = x.shape[checked_axis(x.shape, self.axis)]
         running = running_statistics(
             self,
@@ -131,7 +136,7 @@ class BatchNorm(nn.Module):
             bias,
             running,
             use_running_average,
-            dtype=canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+            dtype=canonicalize_dtype(given, scale, bias, dtype=self.dtype),
             momentum=1 - self.momentum,
             unbiased=False,
             epsilon=self.epsilon,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxbn._checks import checked_float
+from jaxbn._checks import checked_axis, checked_float
 from jaxbn._stats import BatchStats
 from jaxbn.linen._variables import (
     check_channels,
@@ -82,17 +82,20 @@ class _TorchBatchNorm(nn.Module):
         )
 
     def _check_layout(self, shape: tuple[int, ...]) -> None:
-        layouts = {}
+        checked_axis(shape, self.axis)
+        if len(shape) - 1 in map(len, self.layouts):
+            return
+        layouts = []
         for letters in self.layouts:
-            names = list(letters)
-            names.insert(self.axis % (len(letters) + 1), "C")
-            layouts[len(names)] = f"({', '.join(names)})"
-        if len(shape) not in layouts:
-            raise ValueError(
-                f"{type(self).__name__} expected {' or '.join(f'{n}D' for n in layouts)} input, "
-                f"{' or '.join(layouts.values())} with axis={self.axis}; "
-                f"got {len(shape)}D input, x.shape={shape}."
-            )
+            if -len(letters) - 1 <= self.axis <= len(letters):
+                names = list(letters)
+                names.insert(self.axis % (len(letters) + 1), "C")
+                layouts.append(f"({', '.join(names)})")
+        raise ValueError(
+            f"{type(self).__name__} expected {' or '.join(f'{len(v) + 1}D' for v in self.layouts)} "
+            f"input, {' or '.join(layouts)} with axis={self.axis}; "
+            f"got {len(shape)}D input, x.shape={shape}."
+        )
 
 
 class BatchNorm1d(_TorchBatchNorm):
@@ -125,7 +128,8 @@ class BatchNorm1d(_TorchBatchNorm):
       bias_init: initializer of `bias`.
       axis_name: reserved for statistics across devices.
       use_running_average: whether to normalize by the running statistics (torch `eval()`); given
-        either here or in the call. In the call it may be a traced bool.
+        either here or in the call. In the call it may be a traced bool; `batch_stats` must then be
+        mutable in inference too.
 
     Raises:
       TypeError: the input is not real floating point.

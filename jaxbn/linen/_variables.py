@@ -9,7 +9,7 @@ from flax.typing import Dtype
 from jax.typing import ArrayLike
 
 from jaxbn._batch_norm import batch_norm
-from jaxbn._checks import axis_hint, checked_axis, statistics_dtype
+from jaxbn._checks import axis_hint, check_bool, check_implemented, checked_axis, statistics_dtype
 from jaxbn._moments import batch_moments
 from jaxbn._normalize import normalize
 from jaxbn._stats import BatchStats, init_batch_stats
@@ -61,33 +61,38 @@ def normalize_with(
     update: bool = True,
 ) -> jax.Array:
     """Runs `batch_norm` on the module's variables and stores the new statistics in `running`."""
-    if x.dtype != dtype:  # compute in float32 or wider and round once, at the end
-        x = x.astype(jnp.float64 if jnp.float64 in (x.dtype, dtype) else jnp.float32)
     inference: Any = nn.merge_param(
         "use_running_average", module.use_running_average, use_running_average
     )
+    check_bool(inference, "use_running_average")
     train = jnp.logical_not(inference) if isinstance(inference, jax.Array) else not inference
-    fixed = {"axis": module.axis, "epsilon": epsilon}
-    if module.is_initializing() and train is not False:
+    check_implemented(axis_name=module.axis_name, mask=mask)
+    fixed: dict[str, Any] = {"axis": module.axis, "epsilon": epsilon, "dtype": dtype}
+    if module.is_initializing() and (train is not False or not running):
         # Neither counts as a batch nor asks for more than one value per channel.
-        moments = batch_moments(x, axis=module.axis, mask=mask)
-        return normalize(x, moments.mean, moments.var, scale, bias, **fixed).astype(dtype)
-    # A missing count (Flax keeps none) is not needed where momentum is a number.
-    values = {name: variable.value for name, variable in running.items()}
-    stats = BatchStats(**{"count": jnp.zeros((), jnp.int32)} | values) if running else None
+        moments = batch_moments(x, axis=module.axis)
+        return normalize(x, moments.mean, moments.var, scale, bias, **fixed)
     y, stats = batch_norm(
         x,
-        stats,
+        _batch_stats(running),
         scale,
         bias,
         train=train,
         momentum=momentum,
         unbiased=unbiased,
-        axis_name=module.axis_name,
-        mask=mask,
         **fixed,
     )
     if update and train is not False:
         for name, variable in running.items():
             variable.value = getattr(stats, name)
-    return y.astype(dtype)
+    return y
+
+
+def _batch_stats(running: dict[str, nn.Variable[jax.Array]]) -> BatchStats | None:
+    if not running:
+        return None
+    values = {name: jnp.asarray(variable.value) for name, variable in running.items()}
+    for name in ("mean", "var"):  # a checkpoint may hold them in half precision
+        values[name] = values[name].astype(statistics_dtype(values[name].dtype))
+    # A missing count (Flax keeps none) is not needed where momentum is a number.
+    return BatchStats(**{"count": jnp.zeros((), jnp.int32)} | values)
