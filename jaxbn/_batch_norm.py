@@ -111,7 +111,7 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
     def in_inference() -> tuple[jax.Array, BatchStats]:
         return normalize(x, stats.mean, stats.var, scale, bias, **options), stats
 
-    if isinstance(train, jax.Array):
+    if isinstance(train, jax.core.Tracer):
         y, stats = jax.lax.cond(train, in_training, in_inference)
         return y, stats
     return in_training() if train else in_inference()

@@ -188,7 +188,7 @@ CASES = {
     ),
     "momentum in words": (lambda: train(momentum="0.1"), TypeError, "0.1"),
     "momentum above 1, traced mode": (
-        lambda: jaxbn.batch_norm(X, STATS, train=jnp.array(True), momentum=2),
+        lambda: jax.jit(lambda t: jaxbn.batch_norm(X, STATS, train=t, momentum=2))(True),
         ValueError,
         "got 2.",
     ),

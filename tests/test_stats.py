@@ -89,8 +89,12 @@ def test_no_gradient_flows_through():
 def test_statistics_keep_their_dtype(dtype, stats_dtype):
     x = jnp.asarray(sample((6, 2), 0), dtype)
     old = jaxbn.init_batch_stats(2, stats_dtype)
-    for train in (True, False, jnp.array(True)):
-        y, stats = jaxbn.batch_norm(x, old, train=train)
+    traced = jax.jit(lambda train: jaxbn.batch_norm(x, old, train=train))
+    for y, stats in (
+        jaxbn.batch_norm(x, old, train=True),
+        jaxbn.batch_norm(x, old, train=False),
+        traced(True),
+    ):
         assert y.dtype == dtype
         assert stats.mean.dtype == stats.var.dtype == stats_dtype
         assert stats.count.dtype == jnp.int32

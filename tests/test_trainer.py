@@ -111,16 +111,25 @@ Y = np.array([0, 1, 2, 0, 1, 2])
 GOOD = {"x_train": X, "y_train": Y, "x_test": X[:2], "y_test": Y[:2]}
 BAD = {
     "no images": ({"x_train": X[:0], "y_train": Y[:0]}, "x_train must hold numbers"),
+    "one image": (
+        {"x_test": X[:1], "y_test": Y[:1]},
+        "at least two images; got int64 of shape (1,",
+    ),
+    "labels in words": ({"y_train": Y.astype(str)}, "y_train must hold an integer, 0 or more"),
+    "enormous pixels": ({"x_train": X * 1e300}, "finite, below 1e18 and not all the same"),
     "flat images": ({"x_train": X.reshape(6, 16)}, "x_train must hold numbers of shape [N, H, W]"),
     "words": ({"x_test": np.full((2, 4, 4), "x")}, "x_test must hold numbers"),
-    "too few labels": ({"y_train": Y[:5]}, "y_train must hold one integer"),
-    "float labels": ({"y_train": Y / 2}, "y_train must hold one integer"),
-    "negative labels": ({"y_test": -Y[:2] - 1}, "smallest -2"),
-    "labels without images": ({"y_test": Y[:0]}, "y_test must hold one integer"),
+    "too few labels": ({"y_train": Y[:5]}, "y_train must hold an integer"),
+    "float labels": ({"y_train": Y / 2}, "y_train must hold an integer"),
+    "negative labels": ({"y_test": -Y[:2] - 1}, "y_test must hold an integer, 0 or more"),
+    "labels without images": ({"y_test": Y[:0]}, "y_test must hold an integer"),
     "unknown labels": ({"y_test": Y[:2] + 9}, "y_test has labels that y_train has not"),
     "other size": ({"x_test": X[:2, :3]}, "training images have shape (4, 4), test images (3, 4)"),
-    "blank images": ({"x_train": 0 * X}, "finite and not all the same"),
-    "NaN pixels": ({"x_test": np.full((2, 4, 4), np.nan)}, "finite and not all the same"),
+    "blank images": ({"x_train": 0 * X}, "finite, below 1e18 and not all the same"),
+    "NaN pixels": (
+        {"x_test": np.full((2, 4, 4), np.nan)},
+        "finite, below 1e18 and not all the same",
+    ),
 }
 
 

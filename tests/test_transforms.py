@@ -213,7 +213,7 @@ def test_train_may_be_traced():
     for training in (True, False):
         expected = differentiated(x, scale, bias, training)
         assert_close(jax.jit(differentiated)(x, scale, bias, jnp.array(training)), expected, 1e-5)
-        assert_close(differentiated(x, scale, bias, jnp.array(training)), expected, 1e-5)
+        assert_close(differentiated(x, scale, bias, jnp.array(training)), expected, 0)
     both = jax.vmap(lambda training: run(x, scale, bias, training)[1])(jnp.array([True, False]))
     for i, training in enumerate((True, False)):
         assert_close(

@@ -65,7 +65,8 @@ def normalize_with(
         "use_running_average", module.use_running_average, use_running_average
     )
     check_bool(inference, "use_running_average")
-    train = jnp.logical_not(inference) if isinstance(inference, jax.Array) else not inference
+    traced = isinstance(inference, jax.core.Tracer)
+    train = jnp.logical_not(inference) if traced else not inference
     check_implemented(axis_name=module.axis_name, mask=mask)
     fixed: dict[str, Any] = {"axis": module.axis, "epsilon": epsilon, "dtype": dtype}
     if module.is_initializing() and (train is not False or not running):
