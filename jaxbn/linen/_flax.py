@@ -1,6 +1,5 @@
 """`BatchNorm` with the constructor and the conventions of `flax.linen.BatchNorm`."""
 
-import numbers
 from typing import Any
 
 import flax.linen as nn
@@ -113,8 +112,8 @@ class BatchNorm(nn.Module):
           Normalized input, of the shape of `x`.
         """
         check_implemented(axis_index_groups=self.axis_index_groups)
-        known = self.momentum is None or isinstance(self.momentum, numbers.Real)
-        if known and (self.momentum is None or not 0 <= self.momentum <= 1):
+        traced = isinstance(self.momentum, jax.Array)
+        if self.momentum is None or (not traced and not 0 <= self.momentum <= 1):
             raise ValueError(
                 "`momentum` of BatchNorm must be between 0 and 1, the weight of the old statistics "
                 f"in momentum * old + (1 - momentum) * batch; got {self.momentum}."
