@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 DIGITS = pathlib.Path(__file__).with_name("digits.npz")
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+MOST = 10_000  # classes
 UNREADABLE = (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile, zlib.error)
 
 
@@ -68,6 +69,8 @@ def _with_channels(images: NDArray[np.generic]) -> NDArray[np.float32]:
 
 
 def _check(path: pathlib.Path, arrays: dict[str, NDArray[np.generic]]) -> None:
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise DataError(f"{path}: not an .npz archive that can be read")
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.ndim not in (3, 4) or x.dtype.kind not in "uif" or 0 in x.shape or len(x) < 2:
@@ -75,10 +78,10 @@ def _check(path: pathlib.Path, arrays: dict[str, NDArray[np.generic]]) -> None:
                 f"{path}: x_{part} must hold numbers of shape [N, H, W] or [N, H, W, C], at least "
                 f"two images; got {x.dtype} of shape {x.shape}"
             )
-        if y.dtype.kind not in "ui" or y.shape != x.shape[:1] or y.min() < 0:
+        if y.dtype.kind not in "ui" or y.shape != x.shape[:1] or not 0 <= y.min() <= y.max() < MOST:
             raise DataError(
-                f"{path}: y_{part} must hold an integer, 0 or more, for each of {len(x)} images; "
-                f"got {y.dtype} of shape {y.shape}"
+                f"{path}: y_{part} must hold an integer from 0 to {MOST - 1} for each of {len(x)} "
+                f"images; got {y.dtype} of shape {y.shape}"
             )
     train, test = arrays["x_train"].shape[1:], arrays["x_test"].shape[1:]
     if train != test:

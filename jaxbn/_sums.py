@@ -15,8 +15,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Elements. XLA:CPU adds in blocks from some 2¹³ on, which 2 parts still beat at little cost here.
-SMALL = 2**15
+# Elements. XLA:CPU adds in blocks from some 2¹³ on, products later; this size costs little yet.
+SMALL = 2**16
 
 
 def reduced_axes(ndim: int, axis: int) -> tuple[int, ...]:
@@ -35,7 +35,8 @@ def sum_over(x: jax.Array, axis: int) -> jax.Array:
 
 def mean_over(x: jax.Array, axis: int) -> jax.Array:
     """Mean of `x` over every axis but `axis`; zero where there is nothing to average."""
-    return sum_over(x, axis) / max(1, x.size // x.shape[axis])
+    count = max(1, x.size // x.shape[axis])
+    return sum_over(x, axis) / (float(count) if isinstance(count, int) else count)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -70,4 +71,5 @@ def _high(x: jax.Array) -> jax.Array:
 
 
 def _in_two_parts(shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
-    return dtype == jnp.float32 and math.prod(shape) <= SMALL
+    size = math.prod(shape)  # no int where the shape is symbolic, as `jax.export` has them
+    return dtype == jnp.float32 and isinstance(size, int) and size <= SMALL

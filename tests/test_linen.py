@@ -1,5 +1,7 @@
 """The Linen modules: variables, modes, conventions, and Flax's own layer beside ours."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -118,6 +120,28 @@ def test_the_mode_may_be_traced(module):
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
             traced(jnp.array(train_)),
             expected,
+        )
+
+
+def test_a_mode_that_is_known_asks_for_nothing_mutable():
+    x = sample((1, 4), 0, dtype=np.float32)
+    for module in (linen.BatchNorm1d(4), linen.BatchNorm()):
+        variables = module.init(jax.random.key(0), x, True)
+        for mode in (np.bool_(True), jnp.array(True)):
+            np.testing.assert_array_equal(
+                module.apply(variables, x, mode), module.apply(variables, x, True)
+            )
+
+
+def test_momentum_may_be_traced():
+    x = sample((6, 4), 0, dtype=np.float32)
+    for layer in (functools.partial(linen.BatchNorm1d, 4), linen.BatchNorm):
+        variables = layer().init(jax.random.key(0), x, False)
+        traced = jax.jit(lambda m, layer=layer, v=variables: run(layer(momentum=m), v, x)[1])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+            traced(0.3),
+            run(layer(momentum=0.3), variables, x)[1],
         )
 
 

@@ -75,12 +75,13 @@ def test_no_gradient_flows_through():
     x = sample((6, 2), 0, dtype=np.float32)
     old = jaxbn.init_batch_stats(2)
 
-    def total(x, mean):
-        _, stats = jaxbn.batch_norm(x, old._replace(mean=mean), train=True)
+    def total(x, mean, train):
+        _, stats = jaxbn.batch_norm(x, old._replace(mean=mean), train=train)
         return stats.mean.sum() + stats.var.sum()
 
-    for gradient in jax.grad(total, (0, 1))(x, old.mean):
-        np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
+    for train in (True, False):
+        for gradient in jax.grad(total, (0, 1))(x, old.mean, train):
+            np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
 
 
 @pytest.mark.usefixtures("x64")

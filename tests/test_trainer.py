@@ -3,6 +3,7 @@
 import io
 import pathlib
 import re
+import zipfile
 
 import data
 import figures
@@ -115,14 +116,15 @@ BAD = {
         {"x_test": X[:1], "y_test": Y[:1]},
         "at least two images; got int64 of shape (1,",
     ),
-    "labels in words": ({"y_train": Y.astype(str)}, "y_train must hold an integer, 0 or more"),
+    "labels in words": ({"y_train": Y.astype(str)}, "y_train must hold an integer from 0 to 9999"),
     "enormous pixels": ({"x_train": X * 1e300}, "finite, below 1e18 and not all the same"),
     "flat images": ({"x_train": X.reshape(6, 16)}, "x_train must hold numbers of shape [N, H, W]"),
     "words": ({"x_test": np.full((2, 4, 4), "x")}, "x_test must hold numbers"),
     "too few labels": ({"y_train": Y[:5]}, "y_train must hold an integer"),
     "float labels": ({"y_train": Y / 2}, "y_train must hold an integer"),
-    "negative labels": ({"y_test": -Y[:2] - 1}, "y_test must hold an integer, 0 or more"),
+    "negative labels": ({"y_test": -Y[:2] - 1}, "y_test must hold an integer from 0 to 9999"),
     "labels without images": ({"y_test": Y[:0]}, "y_test must hold an integer"),
+    "enormous labels": ({"y_train": Y.astype(np.uint64) + 2**40}, "integer from 0 to 9999"),
     "unknown labels": ({"y_test": Y[:2] + 9}, "y_test has labels that y_train has not"),
     "other size": ({"x_test": X[:2, :3]}, "training images have shape (4, 4), test images (3, 4)"),
     "blank images": ({"x_train": 0 * X}, "finite, below 1e18 and not all the same"),
@@ -153,6 +155,11 @@ def test_broken_archives(tmp_path):
         path.write_bytes(content)
         with pytest.raises(data.DataError, match=r"not an \.npz archive that can be read"):
             data.load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        for key in data.KEYS:
+            archive.writestr(f"{key}.npy", "no array")
+    with pytest.raises(data.DataError, match=r"not an \.npz archive that can be read"):
+        data.load(path)
     np.savez(path, x_train=X)
     with pytest.raises(data.DataError, match="y_train is not a file in the archive"):
         data.load(path)

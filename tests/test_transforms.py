@@ -258,3 +258,18 @@ def test_loops_and_shapes():
     assert jax.tree.map(lambda v: (v.shape, v.dtype), shapes) == jax.tree.map(
         lambda v: (v.shape, v.dtype), actual
     )
+
+
+def test_huge_and_symbolic_shapes():
+    moments = jax.eval_shape(jaxbn.batch_moments, jax.ShapeDtypeStruct((2**31, 1), jnp.bfloat16))
+    assert moments.mean.shape == (1,)
+    exported = {}
+    for mode, constraint in ((False, ()), (True, ("2 <= batch", "batch <= 4096"))):
+        (batch,) = jax.export.symbolic_shape("batch", constraints=constraint)
+        stats = jaxbn.init_batch_stats(3)
+        function = jax.jit(lambda x, mode=mode, stats=stats: jaxbn.batch_norm(x, stats, train=mode))
+        shape = jax.ShapeDtypeStruct((batch, 4, 3), jnp.float32)
+        exported[mode] = jax.export.export(function)(shape)
+        x = sample((7, 4, 3), 0, dtype=np.float32)
+        y, *_ = exported[mode].call(x)
+        np.testing.assert_allclose(y, function(x)[0], atol=1e-6)
