@@ -109,9 +109,8 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
         return y, update_batch_stats(stats, moments, momentum=momentum, unbiased=unbiased)
 
     def in_inference() -> tuple[jax.Array, BatchStats]:
-        return normalize(x, stats.mean, stats.var, scale, bias, **options), jax.lax.stop_gradient(
-            stats
-        )
+        y = normalize(x, stats.mean, stats.var, scale, bias, **options)
+        return y, jax.lax.stop_gradient(stats)
 
     if isinstance(train, jax.core.Tracer):
         y, stats = jax.lax.cond(train, in_training, in_inference)
