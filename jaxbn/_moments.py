@@ -74,7 +74,7 @@ def batch_moments(
     """
     check_implemented(axis_name=axis_name, mask=mask)
     x, axis = checked_input(x, axis)
-    shift, delta, var = shifted_moments(x, axis)
+    shift, delta, var = shifted_moments(x.astype(statistics_dtype(x.dtype)), axis)
     count = x.size // x.shape[axis]
     return Moments(shift + delta, var, jnp.asarray(count, var.dtype))
 
@@ -126,13 +126,12 @@ def _merge_two(a: Moments, b: Moments) -> Moments:
 
 
 def shifted_moments(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`(shift, delta, var)` with `mean = shift + delta`, the two kept apart.
+    """`(shift, delta, var)` with `mean = shift + delta`, the two kept apart, in the dtype of `x`.
 
     Their sum would round `delta` away where the mean is large, and with it the exactness of
     `x − shift − delta`. The shift is a constant to differentiation: mean and variance do not
     depend on it, so their derivatives of every order are right without it.
     """
-    x = x.astype(statistics_dtype(x.dtype))
     shift = jax.lax.stop_gradient(mean_over(x, axis))
     deviation = x - expand(shift, x.shape, axis)
     delta = mean_over(deviation, axis)

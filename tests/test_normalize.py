@@ -29,13 +29,18 @@ def gradients(function, *arguments, dy):
     return y, *pullback(jnp.asarray(dy, y.dtype))
 
 
+def problem_in(dtype, shape, axis):
+    """A problem rounded to `dtype`, its parameters in the dtype of the statistics, and that."""
+    x, scale, bias, dy = (jnp.asarray(v, dtype) for v in problem(shape, axis))
+    wide = "float64" if dtype == "float64" else "float32"
+    return x, scale.astype(wide), bias.astype(wide), dy, wide
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
 def test_training(shape, axis, dtype):
-    x, scale, bias, dy = (jnp.asarray(v, dtype) for v in problem(shape, axis))
-    wide = "float64" if dtype == "float64" else "float32"
-    scale, bias = scale.astype(wide), bias.astype(wide)
+    x, scale, bias, dy, wide = problem_in(dtype, shape, axis)
     expected = train(x, scale, bias, dy, axis)
 
     def function(x, scale, bias):
@@ -62,9 +67,7 @@ def test_training(shape, axis, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
 def test_inference(shape, axis, dtype):
-    x, scale, bias, dy = (jnp.asarray(v, dtype) for v in problem(shape, axis))
-    wide = "float64" if dtype == "float64" else "float32"
-    scale, bias = scale.astype(wide), bias.astype(wide)
+    x, scale, bias, dy, wide = problem_in(dtype, shape, axis)
     mean, var = bias + 2.5, jnp.abs(scale) + 1.0
     expected = evaluate(x, mean, var, scale, bias, dy, axis)
 
