@@ -6,6 +6,7 @@ The Flax modules live in `jaxbn.linen`, which is imported on its own: `import ja
 from importlib.metadata import version as _version
 
 from jaxbn._batch_norm import batch_norm as batch_norm
+from jaxbn._derivative import CHECKPOINT_NAMES as CHECKPOINT_NAMES
 from jaxbn._moments import Moments as Moments
 from jaxbn._moments import batch_moments as batch_moments
 from jaxbn._moments import merge_moments as merge_moments

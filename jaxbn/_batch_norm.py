@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._checks import check_bool, check_implemented, check_momentum
+from jaxbn._activation import Activation
+from jaxbn._checks import check_bool, check_momentum
 from jaxbn._moments import Moments
 from jaxbn._normalize import batch_normalize, normalize
 from jaxbn._stats import BatchStats, check_stats_dtypes, update_batch_stats
+from jaxbn._sums import AxisName
 
 Stats = TypeVar("Stats", BatchStats, None, BatchStats | None)
 
@@ -26,10 +28,11 @@ def batch_norm(
     axis: int = -1,
     epsilon: float = 1e-5,
     dtype: DTypeLike | None = None,
-    axis_name: Any = None,
+    axis_name: AxisName = None,
     mask: ArrayLike | None = None,
-    activation: Any = None,
+    activation: str | Activation | None = None,
     residual: ArrayLike | None = None,
+    skip_nonfinite: bool | jax.Array = False,
 ) -> tuple[jax.Array, Stats]:
     """Batch norm in training or in inference mode, with its running statistics.
 
@@ -53,21 +56,27 @@ def batch_norm(
       axis: the channel axis of `x`: 1 for torch's layouts, -1 for channels last.
       epsilon: added to the variance inside the square root; a Python number, positive in training.
       dtype: the dtype of `y`; None for that of `x`.
-      axis_name: reserved for moments across devices.
-      mask: reserved for samples that do not count.
-      activation: reserved for a fused activation.
-      residual: reserved for a fused residual input.
+      axis_name: name of a mapped axis, or a tuple of names, of `jax.vmap`, `jax.pmap` or
+        `jax.shard_map`: the batch is the one on all its devices.
+      mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere, NaN and
+        infinity included, reaches no result and no derivative; the output there is zero.
+      activation: applied to the output in the same pass: None, "relu", "leaky_relu", "silu", "gelu"
+        (the functions of these names in `jax.nn`, with their defaults) or a function of an array
+        that returns one of the same shape, which may close over arrays to be differentiated.
+      residual: added before the activation; in the shape of `x` and the dtype of `y`.
+      skip_nonfinite: leave the running statistics of a channel as they are where the batch has NaN
+        or infinity in it; a bool, traced or not.
 
     Returns:
       `(y, stats)`: `y` in the shape of `x`; the new statistics, without gradient, or None
       where `stats` is None.
 
     Raises:
-      TypeError: an array is not real floating point, `stats` is narrower than float32, `train` is
-        not a bool.
+      TypeError: an array is not real floating point, `stats` is narrower than float32, `train` or
+        `skip_nonfinite` is not a bool; as `normalize`.
       ValueError: there is one value per channel in training, a shape does not fit, `epsilon` or
-        `momentum` is out of range.
-      NotImplementedError: a reserved argument is given.
+        `momentum` is out of range; as `normalize`.
+      NameError: `axis_name` is not bound, in training.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -84,9 +93,9 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
       Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167;
       `torch.nn.BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d`.
     """
-    check_implemented(axis_name=axis_name, mask=mask)
     check_momentum(momentum)
     check_bool(train, "train")
+    check_bool(skip_nonfinite, "skip_nonfinite")
     if stats is not None:
         stats = BatchStats(*map(jnp.asarray, stats))
         check_stats_dtypes(stats)
@@ -94,19 +103,26 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
         "axis": axis,
         "epsilon": epsilon,
         "dtype": dtype,
+        "mask": mask,
         "activation": activation,
         "residual": residual,
     }
 
+    update: dict[str, Any] = {
+        "momentum": momentum,
+        "unbiased": unbiased,
+        "skip_nonfinite": skip_nonfinite,
+    }
+
     def normalize_by_batch() -> tuple[jax.Array, Moments]:
-        return batch_normalize(x, scale, bias, **options)
+        return batch_normalize(x, scale, bias, axis_name=axis_name, **options)
 
     if stats is None:
         return normalize_by_batch()[0], None
 
     def in_training() -> tuple[jax.Array, BatchStats]:
         y, moments = normalize_by_batch()
-        return y, update_batch_stats(stats, moments, momentum=momentum, unbiased=unbiased)
+        return y, update_batch_stats(stats, moments, **update)
 
     def in_inference() -> tuple[jax.Array, BatchStats]:
         y = normalize(x, stats.mean, stats.var, scale, bias, **options)

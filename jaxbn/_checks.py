@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxbn._sums import AxisName
+
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -127,12 +129,88 @@ def check_bool(value: object, name: str) -> None:
         raise TypeError(f"`{name}` must be True, False or a traced bool; got {value!r}.")
 
 
-def check_values_per_channel(x: jax.Array, axis: int) -> None:
-    """One value per channel has no variance to divide by."""
-    if x.size == x.shape[axis]:
+def check_values_per_channel(x: jax.Array, axis: int, axis_name: AxisName) -> None:
+    """One value per channel, on all devices, has no variance to divide by."""
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    if x.size == x.shape[axis] and devices == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}"
         )
+
+
+def checked_axis_name(axis_name: AxisName) -> AxisName:
+    """`axis_name`, refused unless it is bound where this is called."""
+    try:
+        if axis_name is not None:
+            jax.lax.axis_size(axis_name)
+    except NameError:
+        raise NameError(
+            "`axis_name` must name axes of an enclosing jax.vmap, jax.pmap or jax.shard_map; got "
+            f"{axis_name!r}, which is not bound here. Outside of them leave it at None: under "
+            "jax.jit the batch is the global one."
+        ) from None
+    return axis_name
+
+
+def checked_mask(mask: ArrayLike | None, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """`x`, and `mask` as bools with as many dimensions as `x`.
+
+    Numbers other than 0 and 1 are refused where they are known. Where they are traced, the values
+    of `x` that they belong to become NaN.
+    """
+    if mask is None:
+        return x, None
+    mask = jnp.asarray(mask)
+    if jnp.issubdtype(mask.dtype, jnp.complexfloating):
+        raise TypeError(f"`mask` must be bool, or hold 0 and 1 as real numbers; got {mask.dtype}.")
+    _check_mask_shape(mask.shape, x.shape)
+    mask = jnp.expand_dims(mask, range(x.ndim - mask.ndim))
+    if mask.dtype == bool:
+        return x, mask
+    valid, proper = mask != 0, (mask == 0) | (mask == 1)
+    if not isinstance(mask, jax.core.Tracer):
+        if not proper.all():
+            raise ValueError(
+                "`mask` must be True or 1 where `x` counts and False or 0 elsewhere; got other "
+                "values. Compare first, for example mask > 0.5; weights are not supported."
+            )
+        return x, valid
+    return jnp.where(proper, x, jnp.asarray(jnp.nan, x.dtype)), valid
+
+
+def _check_mask_shape(mask: tuple[int, ...], x: tuple[int, ...]) -> None:
+    ndim = len(mask)
+    fits = ndim <= len(x) and all(
+        m in (1, n) for m, n in zip(mask, x[len(x) - ndim :], strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"`mask` must broadcast against `x`; got shape {mask} for x.shape={x}. A mask of one "
+            f"value per sample has shape {(x[0],) + (1,) * (len(x) - 1)}."
+        )
+    if 0 < ndim < len(x) and mask == x[:ndim] and set(mask) != {1}:
+        raise ValueError(
+            f"`mask` of shape {mask} fits both the first and the last axes of x.shape={x}. Give it "
+            f"{len(x)} dimensions: {mask + (1,) * (len(x) - ndim)} for the first, "
+            f"{(1,) * (len(x) - ndim) + mask} for the last."
+        )
+
+
+def checked_residual(
+    residual: ArrayLike | None, x: jax.Array, dtype: np.dtype[Any]
+) -> jax.Array | None:
+    """`residual`, refused unless it can be added to an output of this dtype in the shape of `x`."""
+    if residual is None:
+        return None
+    residual = checked_float(residual, "residual")
+    if residual.shape != x.shape:
+        raise ValueError(f"`residual` must have the shape of `x`, {x.shape}; got {residual.shape}.")
+    if residual.dtype != dtype:
+        raise TypeError(
+            f"`residual` must have the dtype of the output, {dtype}; got {residual.dtype}. "
+            f"Use residual.astype(jnp.{dtype})."
+        )
+    return residual
 
 
 def check_implemented(**arguments: object) -> None:

@@ -1,14 +1,15 @@
 """Moments of a set of samples, computed without cancellation and merged exactly."""
 
 import functools
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._checks import check_implemented, checked_input, statistics_dtype
-from jaxbn._sums import expand, mean_over
+from jaxbn._checks import checked_axis_name, checked_input, checked_mask, statistics_dtype
+from jaxbn._sums import SMALL, AxisName, across, expand, means, reduced_axes, sum_over
 
 
 class Moments(NamedTuple):
@@ -20,8 +21,8 @@ class Moments(NamedTuple):
     Attributes:
       mean: `E[x]`, shape `[C]`, float32 or float64.
       var: `E[(x − mean)²]`, the variance divided by `count`, shape `[C]`, dtype of `mean`.
-      count: samples per channel, shape `[]`, dtype of `mean`: in float32 a sum of counts is rounded
-        above 2²⁴, and is as good a weight as before.
+      count: samples per channel, shape `[]`, or `[C]` under a mask, dtype of `mean`: in float32 a
+        count above 2²⁴ is rounded, and is as good a weight as before.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -36,30 +37,38 @@ count=Array(2., dtype=float32))
 
 
 def batch_moments(
-    x: ArrayLike, *, axis: int = -1, axis_name: Any = None, mask: ArrayLike | None = None
+    x: ArrayLike,
+    *,
+    axis: int = -1,
+    axis_name: AxisName = None,
+    mask: ArrayLike | None = None,
 ) -> Moments:
     """Mean and biased variance of `x` over every axis but the channel axis.
 
         mean = E[x]        var = E[(x − mean)²]
 
-    Computed from `d = x − K` as `mean = K + E[d]`, `var = E[d²] − E[d]²`, with `K` the mean itself
-    as first rounded: nothing cancels, however large the mean is beside the standard deviation.
+    Computed from `d = x − K` as `mean = K + E[d]`, `var = E[d²] − E[d]²`, with `K` the mean of a
+    sixteenth of the batch or more (of all of it where it is small or masked): little cancels,
+    however large the mean is beside the standard deviation and whatever the data.
 
     Args:
       x: samples, `[..., C]` or any layout with the channels at `axis`; float16, bfloat16, float32
         or float64.
       axis: the channel axis of `x`.
-      axis_name: reserved for moments across devices.
-      mask: reserved for samples that do not count.
+      axis_name: name of a mapped axis, or a tuple of names, of `jax.vmap`, `jax.pmap` or
+        `jax.shard_map`: the moments are those of the samples on all its devices.
+      mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere, NaN and
+        infinity included, is not looked at.
 
     Returns:
-      `Moments` of shape `[C]`, in float32, or float64 where `x` is. An empty batch gives zeros.
-      They are differentiable with respect to `x`, in forward and reverse mode.
+      `Moments` of shape `[C]`, in float32, or float64 where `x` is. A channel without values has
+      zeros. They are differentiable with respect to `x`, in forward and reverse mode.
 
     Raises:
-      TypeError: `x` is not real floating point, or `axis` is not an int.
-      ValueError: `axis` is out of range or `x` has no channels.
-      NotImplementedError: `axis_name` or `mask` is given.
+      TypeError: `x` is not real floating point, `axis` is not an int, or `mask` is complex.
+      ValueError: `axis` is out of range, `x` has no channels, `mask` does not broadcast to the
+        shape of `x` or holds other values than 0 and 1 (NaN results where it is traced).
+      NameError: `axis_name` is not bound.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -67,16 +76,21 @@ def batch_moments(
       >>> moments = jaxbn.batch_moments(x)
       >>> float(moments.mean[0]), float(moments.var[0])
       (1000000.5, 1.25)
+      >>> padded = jnp.array([[1.0], [3.0], [jnp.nan]])
+      >>> moments = jaxbn.batch_moments(padded, mask=jnp.array([[True], [True], [False]]))
+      >>> float(moments.mean[0]), float(moments.var[0]), float(moments.count[0])
+      (2.0, 1.0, 2.0)
 
     References:
       Chan, Golub and LeVeque, "Algorithms for computing the sample variance", The American
       Statistician 37 (1983).
     """
-    check_implemented(axis_name=axis_name, mask=mask)
     x, axis = checked_input(x, axis)
-    shift, delta, var = shifted_moments(x.astype(statistics_dtype(x.dtype)), axis)
-    count = x.size // x.shape[axis]
-    return Moments(shift + delta, var, jnp.asarray(count, var.dtype))
+    x, mask = checked_mask(mask, x)
+    axis_name = checked_axis_name(axis_name)
+    dtype = statistics_dtype(x.dtype)
+    shift, delta, var, count = shifted_moments(x, mask, axis, axis_name, dtype)
+    return Moments(shift + delta, var, count)
 
 
 def merge_moments(first: Moments, *others: Moments) -> Moments:
@@ -125,16 +139,80 @@ def _merge_two(a: Moments, b: Moments) -> Moments:
     return Moments(a.mean + weight * delta, var, count)
 
 
-def shifted_moments(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`(shift, delta, var)` with `mean = shift + delta`, the two kept apart, in the dtype of `x`.
+def shifted_moments(
+    x: jax.Array, mask: jax.Array | None, axis: int, axis_name: AxisName, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`(shift, delta, var, count)` with `mean = shift + delta`, in `dtype`.
 
-    Their sum would round `delta` away where the mean is large, and with it the exactness of
-    `x − shift − delta`. The shift is a constant to differentiation: mean and variance do not
-    depend on it, so their derivatives of every order are right without it.
+    The parts of the mean are kept apart: their sum would round `delta` away where the mean is
+    large, and with it the exactness of `x − shift − delta`. The shift is a constant to
+    differentiation: mean and variance do not depend on it, so their derivatives of every order are
+    right without it.
     """
-    shift = jax.lax.stop_gradient(mean_over(x, axis))
-    deviation = x - expand(shift, x.shape, axis)
-    delta = mean_over(deviation, axis)
-    var = mean_over(jnp.square(deviation), axis) - jnp.square(delta)
+    shift, count = _shift_and_count(jax.lax.stop_gradient(x), mask, axis, axis_name, dtype)
+    deviation = centered(x, mask, shift, axis)
+    delta, square = means((deviation, jnp.square(deviation)), count, axis, axis_name)
+    var = square - jnp.square(delta)
     # Rounding may leave a constant channel just below zero; the derivative is that of `var`.
-    return shift, delta, var + jax.lax.stop_gradient(jnp.maximum(-var, 0))
+    return shift, delta, var + jax.lax.stop_gradient(jnp.maximum(-var, 0)), count
+
+
+def centered(x: jax.Array, mask: jax.Array | None, shift: jax.Array, axis: int) -> jax.Array:
+    """`x − shift` in the dtype of `shift`; zero where masked, whatever stands there."""
+    deviation = x.astype(shift.dtype) - expand(shift, x.shape, axis)
+    return where_valid(mask, deviation)
+
+
+def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:
+    """`x`, and zero where masked."""
+    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def _shift_and_count(
+    x: jax.Array, mask: jax.Array | None, axis: int, axis_name: AxisName, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """An estimate of the mean, and how many values each channel has, on all devices."""
+    if mask is None:
+        part = _fraction(x, axis)
+        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        count, part_count = (
+            jnp.asarray(v.size // v.shape[axis] * devices, dtype) for v in (x, part)
+        )
+        (shift,) = means((part.astype(dtype),), part_count, axis, axis_name)
+        return shift, count
+    total, count = across(
+        (sum_over(where_valid(mask, x.astype(dtype)), axis), _valid_count(mask, x, axis, dtype)),
+        axis_name,
+    )
+    return total / jnp.maximum(count, 1), count
+
+
+def _valid_count(mask: jax.Array, x: jax.Array, axis: int, dtype: DTypeLike) -> jax.Array:
+    """How many values of each channel the mask leaves, counted before it is broadcast: `[C]`."""
+    axes = reduced_axes(x.ndim, axis)
+    repeats = math.prod(x.shape[i] for i in axes if mask.shape[i] == 1 != x.shape[i])
+    count = mask.sum(axes, dtype=jnp.int32).astype(dtype) * repeats
+    return jnp.broadcast_to(count, (x.shape[axis],))
+
+
+def _fraction(x: jax.Array, axis: int) -> jax.Array:
+    """A corner of `x` with a sixteenth of each channel's values or more; `x` itself where small.
+
+    The mean K of a fraction f obeys (E[x] − K)² ≤ Var[x]·(1 − f)/f on any data, so that E[d²] is
+    at most 1/f times the variance that is left of it: four bits. The corner is cut out of every
+    sample where a sample has sixteen positions, so that batches spread over devices stay in place.
+    """
+    samples, positions = reduced_axes(x.ndim, axis)[:1], reduced_axes(x.ndim, axis)[1:]
+    if not isinstance(x.size, int) or x.size <= SMALL:
+        return x
+    corner = positions if math.prod(x.shape[i] for i in positions) >= 16 else samples
+    if any(jax.typeof(x).sharding.spec[i] is not None for i in corner):
+        return x  # a cut through devices costs more than reading everything
+    limits = list(x.shape)
+    left = math.prod(x.shape[i] for i in corner)
+    wanted = -(-left // 16)
+    for i in corner:
+        left //= x.shape[i]
+        limits[i] = -(-wanted // left)
+        wanted = -(-wanted // limits[i])
+    return jax.lax.slice(x, [0] * x.ndim, limits)

@@ -1,24 +1,33 @@
-"""Normalization, and the one derivative rule that serves every mode of differentiation."""
+"""Normalization by given statistics, and by those of the batch itself."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxbn._activation import Activation, checked_activation
 from jaxbn._checks import (
-    check_implemented,
     check_values_per_channel,
+    checked_axis_name,
     checked_dtype,
     checked_epsilon,
     checked_input,
+    checked_mask,
+    checked_residual,
     checked_vector,
     statistics_dtype,
 )
-from jaxbn._moments import Moments, shifted_moments
-from jaxbn._sums import expand, expand_tangent, mean_over
+from jaxbn._derivative import (
+    Form,
+    Operands,
+    activated,
+    affine,
+    normalize_by_batch,
+    recomputed,
+)
+from jaxbn._moments import Moments
+from jaxbn._sums import AxisName
 
 
 def normalize(
@@ -31,12 +40,13 @@ def normalize(
     axis: int = -1,
     epsilon: float = 1e-5,
     dtype: DTypeLike | None = None,
-    activation: Any = None,
+    mask: ArrayLike | None = None,
+    activation: str | Activation | None = None,
     residual: ArrayLike | None = None,
 ) -> jax.Array:
     """Normalizes `x` by a given mean and variance: batch norm in inference mode.
 
-        y = (x − mean) · scale / √(var + epsilon) + bias
+        y = activation((x − mean) · scale / √(var + epsilon) + bias + residual)
 
     Args:
       x: input, channels at `axis`; float16, bfloat16, float32 or float64.
@@ -47,17 +57,24 @@ def normalize(
       axis: the channel axis of `x`.
       epsilon: added to the variance inside the square root; a Python number ≥ 0.
       dtype: the dtype of `y`; None for that of `x`.
-      activation: reserved for a fused activation.
-      residual: reserved for a fused residual input.
+      mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere, NaN and
+        infinity included, reaches no result and no derivative; the output there is zero.
+      activation: applied to the output in the same pass: None, "relu", "leaky_relu", "silu", "gelu"
+        (the functions of these names in `jax.nn`, with their defaults) or a function of an array
+        that returns one of the same shape, which may close over arrays to be differentiated.
+      residual: added before the activation; in the shape of `x` and the dtype of `y`.
 
     Returns:
       `y`, of the shape of `x`, computed in at least float32 and rounded once. For the backward
-      pass only `x` is kept, in its own dtype, beside vectors of shape `[C]`.
+      pass only `x`, in its own dtype, is kept beside vectors of shape `[C]`, and the residual if
+      there is an activation too.
 
     Raises:
-      TypeError: an array is not real floating point, or `axis` is not an int.
-      ValueError: a vector is not of shape `[C]`, `axis` is out of range, `epsilon` is negative.
-      NotImplementedError: `activation` or `residual` is given.
+      TypeError: an array is not real floating point, `axis` is not an int, `residual` is of another
+        dtype than `y`, or `activation` is not callable.
+      ValueError: a vector is not of shape `[C]`, `axis` is out of range, `epsilon` is negative,
+        `residual` or `mask` does not fit `x`, `mask` holds other values than 0 and 1 (NaN results
+        where it is traced), or `activation` is unknown or changes the shape.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -70,18 +87,23 @@ def normalize(
       Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167;
       `torch.nn.functional.batch_norm` with `training=False`.
     """
-    check_implemented(activation=activation, residual=residual)
     epsilon = checked_epsilon(epsilon, train=False)
     x, axis = checked_input(x, axis)
-    dtype = checked_dtype(dtype, x)
     mean = checked_vector(mean, "mean", x, axis)
     var = checked_vector(var, "var", x, axis)
+    dtype = checked_dtype(dtype, x)
     wide = statistics_dtype(x.dtype, mean.dtype, var.dtype, dtype)
-    scale, bias = _scale_and_bias(scale, bias, x, axis, wide)
-    factor = jax.lax.rsqrt(var.astype(wide) + epsilon) * scale
-    affine = _recomputed(_affine, axis=axis, dtype=dtype)
-    y: jax.Array = affine(x, mean.astype(wide), factor, bias)
+    form = Form(axis, None, epsilon, dtype, None)
+    operands, form = _operands(x, scale, bias, mask, residual, activation, form, wide)
+    rstd = jax.lax.rsqrt(var.astype(wide) + epsilon)
+    y: jax.Array = recomputed(_normalize, form=form)(operands, mean.astype(wide), rstd)
     return y
+
+
+def _normalize(operands: Operands, mean: jax.Array, rstd: jax.Array, *, form: Form) -> jax.Array:
+    x, mask, scale, bias, residual, constants = operands
+    z = affine(x, mask, mean, scale * rstd, bias, residual, axis=form.axis)
+    return activated(z, mask, constants, form)
 
 
 def batch_normalize(
@@ -92,17 +114,19 @@ def batch_normalize(
     axis: int = -1,
     epsilon: float = 1e-5,
     dtype: DTypeLike | None = None,
-    axis_name: Any = None,
+    axis_name: AxisName = None,
     mask: ArrayLike | None = None,
-    activation: Any = None,
+    activation: str | Activation | None = None,
     residual: ArrayLike | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes `x` by its own mean and biased variance: batch norm in training mode.
 
-        y = (x − E[x]) · scale / √(Var[x] + epsilon) + bias
+        y = activation((x − E[x]) · scale / √(Var[x] + epsilon) + bias + residual)
 
     Between the forward and the backward pass only `x` is kept, in its own dtype, beside a few
-    vectors of shape `[C]`.
+    vectors of shape `[C]`; with a residual, `y` too for "relu" and "leaky_relu" (the next layer
+    keeps it anyway) and the residual for other activations. `jaxbn.CHECKPOINT_NAMES` are the names
+    of `x`, of the mean and of `1/√(var + epsilon)` for the policies of `jax.checkpoint`.
 
     Args:
       x: input, channels at `axis`; float16, bfloat16, float32 or float64.
@@ -111,10 +135,14 @@ def batch_normalize(
       axis: the channel axis of `x`; every other axis is reduced.
       epsilon: added to the variance inside the square root; a Python number > 0.
       dtype: the dtype of `y`; None for that of `x`.
-      axis_name: reserved for moments across devices.
-      mask: reserved for samples that do not count.
-      activation: reserved for a fused activation.
-      residual: reserved for a fused residual input.
+      axis_name: name of a mapped axis, or a tuple of names, of `jax.vmap`, `jax.pmap` or
+        `jax.shard_map`: the batch is the one on all its devices.
+      mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere, NaN and
+        infinity included, reaches no result and no derivative; the output there is zero.
+      activation: applied to the output in the same pass: None, "relu", "leaky_relu", "silu", "gelu"
+        (the functions of these names in `jax.nn`, with their defaults) or a function of an array
+        that returns one of the same shape, which may close over arrays to be differentiated.
+      residual: added before the activation; in the shape of `x` and the dtype of `y`.
 
     Returns:
       `(y, moments)`: `y` in the shape of `x`, computed in at least float32 and rounded
@@ -122,10 +150,9 @@ def batch_normalize(
       differentiable to any order, in forward and reverse mode.
 
     Raises:
-      TypeError: an array is not real floating point, or `axis` is not an int.
-      ValueError: there is one value per channel, a vector is not of shape `[C]`, `axis` is out of
-        range, or `epsilon` is not positive.
-      NotImplementedError: a reserved argument is given.
+      TypeError: as `normalize`.
+      ValueError: there is one value per channel, `epsilon` is not positive, or as `normalize`.
+      NameError: `axis_name` is not bound.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -140,104 +167,33 @@ def batch_normalize(
       Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167;
       `torch.nn.functional.batch_norm` with `training=True`.
     """
-    check_implemented(axis_name=axis_name, mask=mask, activation=activation, residual=residual)
     epsilon = checked_epsilon(epsilon, train=True)
     x, axis = checked_input(x, axis)
     dtype = checked_dtype(dtype, x)
-    check_values_per_channel(x, axis)
-    scale, bias = _scale_and_bias(scale, bias, x, axis, statistics_dtype(x.dtype, dtype))
-    y, shift, delta, var, _ = _normalize_by_batch(x, scale, bias, axis, epsilon, dtype)
-    count = jnp.asarray(x.size // x.shape[axis], var.dtype)
-    return y, Moments(shift + delta, var, count)
+    wide = statistics_dtype(x.dtype, dtype)
+    form = Form(axis, checked_axis_name(axis_name), epsilon, dtype, None)
+    check_values_per_channel(x, axis, axis_name)
+    operands, form = _operands(x, scale, bias, mask, residual, activation, form, wide)
+    y, batch = normalize_by_batch(operands, form)
+    return y, Moments(batch.shift + batch.delta, batch.var, batch.count)
 
 
-def _scale_and_bias(
-    scale: ArrayLike | None, bias: ArrayLike | None, x: jax.Array, axis: int, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
+def _operands(
+    x: jax.Array,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    mask: ArrayLike | None,
+    residual: ArrayLike | None,
+    activation: str | Activation | None,
+    form: Form,
+    dtype: Any,
+) -> tuple[Operands, Form]:
+    """The checked operands, vectors in `dtype`, and `form` with the activation."""
+    axis = form.axis
     scale = jnp.ones(x.shape[axis]) if scale is None else checked_vector(scale, "scale", x, axis)
     bias = jnp.zeros(x.shape[axis]) if bias is None else checked_vector(bias, "bias", x, axis)
-    return scale.astype(dtype), bias.astype(dtype)
-
-
-def _recomputed(function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
-    """`function` keeping its arguments for the backward pass: `x` in its own dtype and vectors."""
-    return jax.checkpoint(functools.partial(function, **static), prevent_cse=False)
-
-
-def _affine(
-    x: jax.Array,
-    shift: jax.Array,
-    factor: jax.Array,
-    offset: jax.Array,
-    *,
-    axis: int,
-    dtype: DTypeLike,
-) -> jax.Array:
-    # The shift comes off first: x·factor + (offset − shift·factor) cancels where the mean is large.
-    shift, factor, offset = (expand(v, x.shape, axis) for v in (shift, factor, offset))
-    return ((x.astype(shift.dtype) - shift) * factor + offset).astype(dtype)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def _normalize_by_batch(
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    axis: int,
-    epsilon: float,
-    dtype: DTypeLike,
-) -> tuple[jax.Array, ...]:
-    """`(y, shift, delta, var, rstd)` with `mean = shift + delta`, in the dtype of `scale`."""
-    shift, delta, var = shifted_moments(x.astype(scale.dtype), axis)
-    rstd = jax.lax.rsqrt(var + epsilon)
-    factor = scale * rstd
-    y = _affine(x, shift, factor, bias - delta * factor, axis=axis, dtype=dtype)
-    return y, shift, delta, var, rstd
-
-
-@_normalize_by_batch.defjvp
-def _normalize_by_batch_jvp(
-    axis: int,
-    epsilon: float,
-    dtype: DTypeLike,
-    primals: tuple[jax.Array, ...],
-    tangents: tuple[jax.Array, ...],
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    x, scale, bias = primals
-    outputs = _normalize_by_batch(x, scale, bias, axis, epsilon, dtype)
-    _, shift, delta, _, rstd = outputs
-    tangent = _recomputed(_tangent, axis=axis, dtype=dtype)
-    dy, ddelta, dvar, drstd = tangent(tangents, x, shift, delta, rstd, scale)
-    return outputs, (dy, jnp.zeros_like(shift), ddelta, dvar, drstd)
-
-
-def _tangent(
-    tangents: tuple[jax.Array, ...],
-    x: jax.Array,
-    shift: jax.Array,
-    delta: jax.Array,
-    rstd: jax.Array,
-    scale: jax.Array,
-    *,
-    axis: int,
-    dtype: DTypeLike,
-) -> tuple[jax.Array, ...]:
-    """Tangents of `(y, delta, var, rstd)`, linear in those of `(x, scale, bias)`.
-
-        dy = k·dx + p + x̂·q    with  p = dbias − k·E[dx],  q = dscale − k·E[dx·x̂],  k = scale·rstd
-
-    The vectors p and q are collected first so that, transposed, bias and E[dx] share the one
-    reduction of the cotangent, and scale and E[dx·x̂] the other. No power of rstd above the first
-    appears but in drstd, where it is what the result is made of: rstd³ would underflow.
-    """
-    dx, dscale, dbias = tangents
-    dx = dx.astype(rstd.dtype)
-    normalized = _affine(x, shift, rstd, -delta * rstd, axis=axis, dtype=rstd.dtype)
-    mean_dx = mean_over(dx, axis)
-    mean_dx_normalized = mean_over(dx * normalized, axis)
-    k = scale * rstd
-    p, q = dbias - k * mean_dx, dscale - k * mean_dx_normalized
-    k = expand(k, x.shape, axis)
-    p, q = (expand_tangent(v, x.shape, axis) for v in (p, q))
-    dy = (k * dx + p + normalized * q).astype(dtype)
-    return dy, mean_dx, 2 * mean_dx_normalized / rstd, -(rstd * mean_dx_normalized) * rstd
+    function, constants = checked_activation(activation, x.shape, dtype)
+    x, mask = checked_mask(mask, x)
+    residual = checked_residual(residual, x, form.dtype)
+    operands = Operands(x, mask, scale.astype(dtype), bias.astype(dtype), residual, constants)
+    return operands, form._replace(activation=function)

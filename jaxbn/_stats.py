@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._checks import check_momentum
+from jaxbn._checks import check_bool, check_momentum
 from jaxbn._moments import Moments
 
 
@@ -70,6 +70,7 @@ def update_batch_stats(
     *,
     momentum: ArrayLike | None = 0.1,
     unbiased: bool = True,
+    skip_nonfinite: bool | jax.Array = False,
 ) -> BatchStats:
     """Folds the moments of one batch into the running statistics.
 
@@ -79,21 +80,26 @@ def update_batch_stats(
 
     `momentum` is the weight of the **new** batch, as in torch; Flax's `momentum` is one minus it.
     None weights every batch alike: `momentum = 1/count'`, the cumulative average. The mean of an
-    empty batch (n = 0) and the unbiased variance of a single sample do not exist: the old values
-    stay, and `count` moves all the same. No gradient flows through the result.
+    empty or fully masked batch (n = 0) and the unbiased variance of a single sample do not exist:
+    the old values stay, and `count` moves all the same. No gradient flows through the result.
+
+    One NaN or infinity in a batch makes the statistics of its channel NaN for ever, as in torch.
+    With `skip_nonfinite` a channel whose batch mean or variance is not finite keeps its old values,
+    and the batch is counted only if it changed some channel.
 
     Args:
       stats: the running statistics, vectors of shape `[C]`.
       moments: those of the batch, vectors of shape `[C]`.
       momentum: a number in [0, 1], a scalar array, traced or not, or None.
       unbiased: keep the variance divided by n − 1 (torch), or by n (Flax, Keras, ONNX).
+      skip_nonfinite: leave out channels in which the batch is not finite; a bool, traced or not.
 
     Returns:
       New `BatchStats`, in the dtypes of `stats`.
 
     Raises:
       TypeError: `stats` is narrower than float32, or its count is not an integer; `momentum` is
-        not a number.
+        not a number; `skip_nonfinite` is not a bool.
       ValueError: the shapes differ, or `momentum` is a number outside [0, 1].
 
     Example:
@@ -109,11 +115,14 @@ def update_batch_stats(
       `torch.nn.BatchNorm2d`: `running_mean`, `running_var`, `num_batches_tracked`.
     """
     check_momentum(momentum)
+    check_bool(skip_nonfinite, "skip_nonfinite")
     stats, moments = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, (stats, moments)))
     check_stats_dtypes(stats)
     _check_shapes(stats, moments)
     dtype = stats.mean.dtype
-    count = stats.count + 1
+    finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
+    kept = finite | jnp.logical_not(skip_nonfinite)
+    count = stats.count + kept.any().astype(stats.count.dtype)
     factor = 1 / count.astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
     n = moments.count.astype(dtype)
     mean = moments.mean.astype(dtype)
@@ -121,8 +130,8 @@ def update_batch_stats(
     if unbiased:
         var = var * (n / jnp.maximum(n - 1, 1))
     return BatchStats(
-        jnp.where(n > 0, (1 - factor) * stats.mean + factor * mean, stats.mean),
-        jnp.where(n > int(unbiased), (1 - factor) * stats.var + factor * var, stats.var),
+        jnp.where(kept & (n > 0), (1 - factor) * stats.mean + factor * mean, stats.mean),
+        jnp.where(kept & (n > int(unbiased)), (1 - factor) * stats.var + factor * var, stats.var),
         count,
     )
 

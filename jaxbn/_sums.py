@@ -11,9 +11,13 @@ left to the compiler, which adds those in blocks.
 
 import functools
 import math
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
+
+# The name of a mapped axis of devices, or several; None for the one device.
+AxisName = Hashable | None
 
 # Elements. XLA:CPU adds in blocks from some 2¹³ on, products later; this size costs little yet.
 SMALL = 2**16
@@ -33,10 +37,19 @@ def sum_over(x: jax.Array, axis: int) -> jax.Array:
     return high.sum(axes) + (x - high).sum(axes)
 
 
-def mean_over(x: jax.Array, axis: int) -> jax.Array:
-    """Mean of `x` over every axis but `axis`; zero where there is nothing to average."""
-    count = max(1, x.size // x.shape[axis])
-    return sum_over(x, axis) / (float(count) if isinstance(count, int) else count)
+def means(
+    arrays: Sequence[jax.Array], count: jax.Array, axis: int, axis_name: AxisName
+) -> tuple[jax.Array, ...]:
+    """`sum_over` of each array on all devices, over `count`; zero where there is nothing."""
+    sums = across([sum_over(x, axis) for x in arrays], axis_name)
+    return tuple(total / jnp.maximum(count, 1) for total in sums)
+
+
+def across(vectors: Sequence[jax.Array], axis_name: AxisName) -> Sequence[jax.Array]:
+    """Sums of vectors of one shape over all devices, in one collective."""
+    if axis_name is None:
+        return vectors
+    return tuple(jax.lax.psum(jnp.stack(vectors), axis_name))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

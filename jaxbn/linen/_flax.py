@@ -9,7 +9,9 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
+from jaxbn._activation import Activation
 from jaxbn._checks import check_implemented, checked_axis, checked_float
+from jaxbn._sums import AxisName
 from jaxbn.linen._variables import (
     check_channels,
     normalize_with,
@@ -51,16 +53,21 @@ class BatchNorm(nn.Module):
       use_scale: whether there is a `scale`.
       bias_init: initializer of `bias`.
       scale_init: initializer of `scale`.
-      axis_name: reserved for statistics across devices.
+      axis_name: name of a mapped axis of devices, or a tuple of names, over which the batch extends
+        in training. It need not be bound in initialization.
       axis_index_groups: reserved for statistics across groups of devices.
       use_fast_variance: without effect, for either value: the variance is as fast and exact.
       force_float32_reductions: False stores the running statistics in `param_dtype` where that is
         float64; reductions are at least float32 in any case.
+      activation: applied to the output: None, "relu", "leaky_relu", "silu", "gelu" (as `jax.nn` has
+        them) or a function.
+      skip_nonfinite: leave the running statistics of a channel as they are where a batch has NaN or
+        infinity in it.
 
     Raises:
       TypeError: the input is complex or bool, or `axis` is not one int.
       ValueError: see `jaxbn.batch_norm`; `use_running_average` given twice or not at all.
-      NotImplementedError: a reserved field or argument is given.
+      NotImplementedError: `axis_index_groups` is given.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -88,10 +95,12 @@ class BatchNorm(nn.Module):
     use_scale: bool = True
     bias_init: Initializer = nn.initializers.zeros
     scale_init: Initializer = nn.initializers.ones
-    axis_name: Any = None
+    axis_name: AxisName = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    activation: str | Activation | None = None
+    skip_nonfinite: bool = False
 
     @nn.compact
     def __call__(
@@ -100,16 +109,19 @@ class BatchNorm(nn.Module):
         use_running_average: bool | jax.Array | None = None,
         *,
         mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x`, in training mode by its own statistics, which it then folds in.
 
         Args:
           x: input, channels at `axis`.
           use_running_average: see the attribute of this name.
-          mask: reserved for samples that do not count.
+          mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere is
+            not looked at, and the output there is zero.
+          residual: added before the activation; in the shape of `x` and the dtype of the output.
 
         Returns:
-          Normalized input, of the shape of `x`.
+          `activation(normalized + residual)`, of the shape of `x`.
         """
         check_implemented(axis_index_groups=self.axis_index_groups)
         traced = isinstance(self.momentum, jax.Array)
@@ -142,4 +154,5 @@ class BatchNorm(nn.Module):
             unbiased=False,
             epsilon=self.epsilon,
             mask=mask,
+            residual=residual,
         )

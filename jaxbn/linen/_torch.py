@@ -1,6 +1,6 @@
 """`BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` with torch's constructors and conventions."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
+from jaxbn._activation import Activation
 from jaxbn._checks import checked_axis, checked_float
 from jaxbn._stats import BatchStats
+from jaxbn._sums import AxisName
 from jaxbn.linen._variables import (
     check_channels,
     normalize_with,
@@ -32,8 +34,10 @@ class _TorchBatchNorm(nn.Module):
     param_dtype: Dtype = jnp.float32
     scale_init: Initializer = nn.initializers.ones
     bias_init: Initializer = nn.initializers.zeros
-    axis_name: Any = None
+    axis_name: AxisName = None
     use_running_average: bool | None = None
+    activation: str | Activation | None = None
+    skip_nonfinite: bool = False
 
     layouts: ClassVar[tuple[str, ...]] = ()  # without the C, whose place is `axis`
 
@@ -44,16 +48,19 @@ class _TorchBatchNorm(nn.Module):
         use_running_average: bool | jax.Array | None = None,
         *,
         mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x`, in training mode by its own statistics, which it then folds in.
 
         Args:
           x: input, channels at `axis`; float16, bfloat16, float32 or float64.
           use_running_average: see the attribute of this name.
-          mask: reserved for samples that do not count.
+          mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere is
+            not looked at, and the output there is zero.
+          residual: added before the activation; in the shape of `x` and the dtype of the output.
 
         Returns:
-          Normalized input, of the shape of `x`.
+          `activation(normalized + residual)`, of the shape of `x`.
         """
         x = checked_float(x, "x")
         self._check_layout(x.shape)
@@ -78,6 +85,7 @@ class _TorchBatchNorm(nn.Module):
             unbiased=True,
             epsilon=self.eps,
             mask=mask,
+            residual=residual,
             update=self.track_running_stats,
         )
 
@@ -126,16 +134,20 @@ class BatchNorm1d(_TorchBatchNorm):
       param_dtype: dtype of `scale` and `bias`; the statistics are float32, or float64 where it is.
       scale_init: initializer of `scale`.
       bias_init: initializer of `bias`.
-      axis_name: reserved for statistics across devices.
+      axis_name: name of a mapped axis of devices, or a tuple of names, over which the batch extends
+        in training. It need not be bound in initialization.
       use_running_average: whether to normalize by the running statistics (torch `eval()`); given
         either here or in the call. In the call it may be a traced bool; `batch_stats` must then be
         mutable in inference too.
+      activation: applied to the output: None, "relu", "leaky_relu", "silu", "gelu" (as `jax.nn` has
+        them) or a function.
+      skip_nonfinite: leave the running statistics of a channel as they are where a batch has NaN or
+        infinity in it.
 
     Raises:
       TypeError: the input is not real floating point.
       ValueError: the input has another number of dimensions or channels, one value per channel in
         training; `use_running_average` given twice or not at all; see `jaxbn.batch_norm`.
-      NotImplementedError: a reserved field or argument is given.
 
     Example:
       >>> import jax, jax.numpy as jnp

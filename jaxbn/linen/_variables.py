@@ -9,7 +9,7 @@ from flax.typing import Dtype
 from jax.typing import ArrayLike
 
 from jaxbn._batch_norm import batch_norm
-from jaxbn._checks import axis_hint, check_bool, check_implemented, checked_axis, statistics_dtype
+from jaxbn._checks import axis_hint, check_bool, checked_axis, statistics_dtype
 from jaxbn._moments import batch_moments
 from jaxbn._normalize import normalize
 from jaxbn._stats import BatchStats, init_batch_stats
@@ -56,6 +56,7 @@ def normalize_with(
     dtype: Dtype,
     epsilon: float,
     mask: ArrayLike | None,
+    residual: ArrayLike | None,
     momentum: float | None,
     unbiased: bool,
     update: bool = True,
@@ -67,11 +68,17 @@ def normalize_with(
     check_bool(inference, "use_running_average")
     traced = isinstance(inference, jax.core.Tracer)
     train = jnp.logical_not(inference) if traced else not inference
-    check_implemented(axis_name=module.axis_name, mask=mask)
-    fixed: dict[str, Any] = {"axis": module.axis, "epsilon": epsilon, "dtype": dtype}
+    fixed: dict[str, Any] = {
+        "axis": module.axis,
+        "epsilon": epsilon,
+        "dtype": dtype,
+        "mask": mask,
+        "activation": module.activation,
+        "residual": residual,
+    }
     if module.is_initializing() and (train is not False or not running):
-        # Neither counts as a batch nor asks for more than one value per channel.
-        moments = batch_moments(x, axis=module.axis)
+        # Neither counts as a batch nor asks for more than one value per channel, nor for devices.
+        moments = batch_moments(x, axis=module.axis, mask=mask)
         return normalize(x, moments.mean, moments.var, scale, bias, **fixed)
     y, stats = batch_norm(
         x,
@@ -81,6 +88,8 @@ def normalize_with(
         train=train,
         momentum=momentum,
         unbiased=unbiased,
+        axis_name=module.axis_name,
+        skip_nonfinite=module.skip_nonfinite,
         **fixed,
     )
     if update and train is not False:

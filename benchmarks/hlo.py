@@ -1,0 +1,94 @@
+"""Counts what a compiled module does: bytes across memory, kernels, collectives."""
+
+import math
+import re
+from typing import NamedTuple
+
+BITS = {"pred": 8, "bf16": 16} | {f"{kind}{n}": n for kind in "suf" for n in (8, 16, 32, 64)}
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+SLICES = {"slice", "dynamic-slice"}
+
+ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
+HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+
+
+class Instruction(NamedTuple):
+    """One line of HLO text."""
+
+    name: str
+    size: int  # bytes of the output
+    opcode: str
+    operands: tuple[str, ...]
+    called: str | None
+    number: int | None  # of a parameter
+
+
+class Cost(NamedTuple):
+    """What one execution of a module costs."""
+
+    bytes: int
+    kernels: int
+    collectives: int
+
+
+def cost(text: str) -> Cost:
+    """Bytes read and written, kernels and collectives of the compiled module in `text`.
+
+    Each top-level instruction is charged for its distinct operands and its output; an operand of
+    which it only reads slices, for these.
+    """
+    computations, entry = _parse(text)
+    sizes = {i.name: i.size for i in entry}
+    kernels = [i for i in entry if i.opcode not in FREE and not i.opcode.endswith("-done")]
+    transferred = 0
+    for kernel in kernels:
+        body = computations.get(kernel.called or "", [])
+        read = {
+            name: _read(body, position, sizes.get(name, 0))
+            for position, name in enumerate(kernel.operands)
+        }
+        transferred += kernel.size + sum(read.values())
+    collectives = sum(i.opcode.removesuffix("-start") in COLLECTIVES for i in kernels)
+    return Cost(transferred, len(kernels), collectives)
+
+
+def _read(body: list[Instruction], position: int, size: int) -> int:
+    """Bytes that a fusion reads of its operand at `position`."""
+    parameters = [i for i in body if i.number == position]
+    if not parameters:
+        return size
+    users = [i for i in body if parameters[0].name in i.operands]
+    if users and all(user.opcode in SLICES for user in users):
+        return min(size, sum(user.size for user in users))
+    return size
+
+
+def _parse(text: str) -> tuple[dict[str, list[Instruction]], list[Instruction]]:
+    computations: dict[str, list[Instruction]] = {}
+    entry: list[Instruction] = []
+    body: list[Instruction] = []
+    for line in text.splitlines():
+        if header := HEADER.match(line):
+            body = computations.setdefault(header[2], [])
+            if header[1]:
+                entry = body
+        elif found := INSTRUCTION.match(line):
+            body.append(_instruction(*found.groups()))
+    return computations, entry
+
+
+def _instruction(name: str, type_: str, opcode: str, rest: str) -> Instruction:
+    arguments, _, attributes = rest.partition(")")
+    called = re.search(r"(?:calls|to_apply)=%?([\w.-]+)", attributes)
+    number = int(arguments) if opcode == "parameter" else None
+    operands = tuple(re.findall(r"%([\w.-]+)", arguments))
+    return Instruction(name, _bytes(type_), opcode, operands, called and called[1], number)
+
+
+def _bytes(type_: str) -> int:
+    return sum(
+        BITS[kind] // 8 * math.prod(int(n) for n in shape.split(",") if n)
+        for kind, shape in ARRAY.findall(type_)
+    )

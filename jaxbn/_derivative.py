@@ -1,0 +1,181 @@
+"""Normalization by the batch itself: one derivative rule for every mode of differentiation."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxbn._activation import PIECEWISE_LINEAR, Activation
+from jaxbn._moments import centered, shifted_moments, where_valid
+from jaxbn._sums import AxisName, expand, expand_tangent, means
+
+# For the policies of `jax.checkpoint`: with these kept, a layer is made again without reductions.
+INPUT, MEAN, RSTD = CHECKPOINT_NAMES = ("jaxbn.input", "jaxbn.mean", "jaxbn.rstd")
+OUTPUT = "jaxbn.output"
+
+
+class Form(NamedTuple):
+    """What is known when the function is traced."""
+
+    axis: int
+    axis_name: AxisName
+    epsilon: float
+    dtype: np.dtype[Any]  # of the output
+    activation: Activation | None
+
+
+class Operands(NamedTuple):
+    """What is differentiated, but for the mask; where something is None it is left out."""
+
+    x: jax.Array
+    mask: jax.Array | None
+    scale: jax.Array
+    bias: jax.Array
+    residual: jax.Array | None
+    constants: tuple[jax.Array, ...]  # of the activation
+
+
+class Batch(NamedTuple):
+    """What the batch is normalized by, in the dtype of `scale`: `mean = shift + delta`."""
+
+    shift: jax.Array
+    delta: jax.Array
+    var: jax.Array
+    rstd: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
+
+
+def recomputed(function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+    """`function` keeping its arguments for the backward pass, `x` in its own dtype, and `OUTPUT`."""
+    policy = jax.checkpoint_policies.save_only_these_names(OUTPUT)
+    return jax.checkpoint(functools.partial(function, **static), prevent_cse=False, policy=policy)
+
+
+def affine(
+    x: jax.Array,
+    mask: jax.Array | None,
+    shift: jax.Array,
+    factor: jax.Array,
+    offset: jax.Array,
+    residual: jax.Array | None,
+    *,
+    axis: int,
+) -> jax.Array:
+    """`(x − shift)·factor + offset + residual`, in the dtype of the vectors.
+
+    The shift comes off first: `x·factor + (offset − shift·factor)` cancels where the mean is large.
+    """
+    factor, offset = (expand(v, x.shape, axis) for v in (factor, offset))
+    z = centered(x, mask, shift, axis) * factor + offset
+    return z if residual is None else z + where_valid(mask, residual).astype(z.dtype)
+
+
+def activated(
+    z: jax.Array, mask: jax.Array | None, constants: tuple[jax.Array, ...], form: Form
+) -> jax.Array:
+    """The output `activation(z)`, rounded to its dtype; zero where masked."""
+    y = z if form.activation is None else form.activation(z, *constants)
+    return where_valid(mask, y).astype(form.dtype)
+
+
+def _normalized(operands: Operands, batch: Batch, form: Form) -> jax.Array:
+    """`x̂·scale + bias + residual`, to which the activation is applied."""
+    x, mask, scale, bias, residual, _ = operands
+    factor = scale * batch.rstd
+    offset = bias - batch.delta * factor
+    return affine(x, mask, batch.shift, factor, offset, residual, axis=form.axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def normalize_by_batch(operands: Operands, form: Form) -> tuple[jax.Array, Batch]:
+    """Batch norm in training mode."""
+    x, mask, scale, _, _, constants = operands
+    shift, delta, var, count = shifted_moments(x, mask, form.axis, form.axis_name, scale.dtype)
+    batch = Batch(shift, delta, var, jax.lax.rsqrt(var + form.epsilon), count)
+    return activated(_normalized(operands, batch, form), mask, constants, form), batch
+
+
+@normalize_by_batch.defjvp
+def _normalize_by_batch_jvp(
+    form: Form, primals: tuple[Operands], tangents: tuple[Operands]
+) -> tuple[tuple[jax.Array, Batch], tuple[jax.Array, Batch]]:
+    (operands,), (directions,) = primals, tangents
+    _, batch = normalize_by_batch(operands, form)
+    primals_out, tangents_out = recomputed(_with_tangent, form=form)(
+        operands, directions._replace(mask=None), batch
+    )
+    return primals_out, tangents_out
+
+
+def _with_tangent(
+    operands: Operands, directions: Operands, batch: Batch, *, form: Form
+) -> tuple[tuple[jax.Array, Batch], tuple[jax.Array, Batch]]:
+    """The output from what is named, so that `jax.checkpoint` can make it again without reductions.
+
+    With a residual, the sign of the output tells the derivative of some activations, and the next
+    layer keeps it anyway: it is kept here instead of the residual.
+    """
+    operands = operands._replace(x=checkpoint_name(operands.x, INPUT))
+    batch = batch._replace(
+        shift=checkpoint_name(batch.shift, MEAN),
+        delta=checkpoint_name(batch.delta, MEAN),
+        rstd=checkpoint_name(batch.rstd, RSTD),
+    )
+    y = activated(_normalized(operands, batch, form), operands.mask, operands.constants, form)
+    if operands.residual is not None and form.activation in PIECEWISE_LINEAR:
+        y = checkpoint_name(y, OUTPUT)
+    return (y, batch), _tangent(directions, operands, batch, y, form=form)
+
+
+def _tangent(
+    directions: Operands, operands: Operands, batch: Batch, y: jax.Array, *, form: Form
+) -> tuple[jax.Array, Batch]:
+    """Tangents of the output and of the batch, linear in those of the operands.
+
+        dz = k·dx + p + x̂·q + dresidual    with  p = dbias − k·E[dx],  q = dscale − k·E[dx·x̂]
+
+    and `k = scale·rstd`. The vectors p and q are collected first so that, transposed, bias and
+    E[dx] share the one reduction of the cotangent, and scale and E[dx·x̂] the other. No power of
+    rstd above the first appears but in drstd, where it is what the result is made of: rstd³ would
+    underflow.
+    """
+    x, mask, scale, *_ = operands
+    shift, delta, _, rstd, count = batch
+    dx = where_valid(mask, directions.x).astype(rstd.dtype)
+    normalized = affine(x, mask, shift, rstd, -delta * rstd, None, axis=form.axis)
+    mean_dx, mean_dx_normalized = means((dx, dx * normalized), count, form.axis, form.axis_name)
+    k = scale * rstd
+    p, q = directions.bias - k * mean_dx, directions.scale - k * mean_dx_normalized
+    k = expand(k, x.shape, form.axis)
+    p, q = (expand_tangent(v, x.shape, form.axis) for v in (p, q))
+    dz = k * dx + p + normalized * q
+    if directions.residual is not None:
+        dz = dz + directions.residual.astype(dz.dtype)
+    dy = where_valid(mask, _through_activation(dz, directions, operands, batch, y, form))
+    dvar, drstd = 2 * mean_dx_normalized / rstd, -(rstd * mean_dx_normalized) * rstd
+    return dy, Batch(jnp.zeros_like(shift), mean_dx, dvar, drstd, jnp.zeros_like(count))
+
+
+def _through_activation(
+    dz: jax.Array,
+    directions: Operands,
+    operands: Operands,
+    batch: Batch,
+    y: jax.Array,
+    form: Form,
+) -> jax.Array:
+    if form.activation is None:
+        return dz.astype(form.dtype)
+    piecewise_linear = form.activation in PIECEWISE_LINEAR
+    from_output = piecewise_linear and operands.residual is not None
+    z = y if from_output else _normalized(operands, batch, form)
+    if piecewise_linear:
+        # Selecting in the dtype of the output: in float32 the compiler writes the result out.
+        z, dz = z.astype(form.dtype), dz.astype(form.dtype)
+    primals, tangents = (z, *operands.constants), (dz, *directions.constants)
+    dy: jax.Array = jax.jvp(form.activation, primals, tangents)[1]
+    return dy.astype(form.dtype)
