@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
 
 def recomputed(function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
-    """`function` keeping its arguments for the backward pass, `x` in its own dtype, and `OUTPUT`."""
+    """`function` that keeps its arguments for the backward pass, and what is named `OUTPUT`."""
     policy = jax.checkpoint_policies.save_only_these_names(OUTPUT)
     return jax.checkpoint(functools.partial(function, **static), prevent_cse=False, policy=policy)
 
@@ -70,7 +70,7 @@ def affine(
     The shift comes off first: `x·factor + (offset − shift·factor)` cancels where the mean is large.
     """
     factor, offset = (expand(v, x.shape, axis) for v in (factor, offset))
-    z = centered(x, mask, shift, axis) * factor + offset
+    z = centered(x, mask, axis, shift) * factor + offset
     return z if residual is None else z + where_valid(mask, residual).astype(z.dtype)
 
 

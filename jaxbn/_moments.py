@@ -149,17 +149,20 @@ def shifted_moments(
     differentiation: mean and variance do not depend on it, so their derivatives of every order are
     right without it.
     """
-    shift, count = _shift_and_count(jax.lax.stop_gradient(x), mask, axis, axis_name, dtype)
-    deviation = centered(x, mask, shift, axis)
+    shift, missing, count = _shifts(jax.lax.stop_gradient(x), mask, axis, axis_name, dtype)
+    deviation = centered(x, mask, axis, shift, missing)
     delta, square = means((deviation, jnp.square(deviation)), count, axis, axis_name)
     var = square - jnp.square(delta)
     # Rounding may leave a constant channel just below zero; the derivative is that of `var`.
-    return shift, delta, var + jax.lax.stop_gradient(jnp.maximum(-var, 0)), count
+    var = var + jax.lax.stop_gradient(jnp.maximum(-var, 0))
+    return shift, missing + delta, var, count
 
 
-def centered(x: jax.Array, mask: jax.Array | None, shift: jax.Array, axis: int) -> jax.Array:
-    """`x − shift` in the dtype of `shift`; zero where masked, whatever stands there."""
-    deviation = x.astype(shift.dtype) - expand(shift, x.shape, axis)
+def centered(x: jax.Array, mask: jax.Array | None, axis: int, *shifts: jax.Array) -> jax.Array:
+    """`x` less each of the shifts, in their dtype; zero where masked, whatever stands there."""
+    deviation = x.astype(shifts[0].dtype)
+    for shift in shifts:
+        deviation = deviation - expand(shift, x.shape, axis)
     return where_valid(mask, deviation)
 
 
@@ -168,23 +171,47 @@ def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def _shift_and_count(
+def _shifts(
     x: jax.Array, mask: jax.Array | None, axis: int, axis_name: AxisName, dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array]:
-    """An estimate of the mean, and how many values each channel has, on all devices."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """An estimate of the mean, what is known to be missing from it, and each channel's count.
+
+    On a CPU the estimate is corrected by the mean of what it leaves, and what its rounding loses of
+    that is missing. This costs a pass over `x`, which a GPU or TPU, held up by memory, cannot
+    afford; there the estimate stands, and nothing is known to be missing.
+    """
     if mask is None:
-        part = _fraction(x, axis)
+        part = _corner(x, axis)
         devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
         count, part_count = (
             jnp.asarray(v.size // v.shape[axis] * devices, dtype) for v in (x, part)
         )
         (shift,) = means((part.astype(dtype),), part_count, axis, axis_name)
-        return shift, count
-    total, count = across(
-        (sum_over(where_valid(mask, x.astype(dtype)), axis), _valid_count(mask, x, axis, dtype)),
-        axis_name,
-    )
-    return total / jnp.maximum(count, 1), count
+    else:
+        sums = sum_over(where_valid(mask, x.astype(dtype)), axis)
+        total, count = across((sums, _valid_count(mask, x, axis, dtype)), axis_name)
+        shift = total / jnp.maximum(count, 1)
+
+    shift = _rounded(shift)
+
+    def left() -> jax.Array:
+        return sum_over(centered(x, mask, axis, shift), axis)
+
+    left_over = jax.lax.platform_dependent(cpu=left, default=lambda: jnp.zeros_like(left()))
+    (total_left,) = across((left_over,), axis_name)
+    correction = total_left / jnp.maximum(count, 1)
+    corrected = _rounded(shift + correction)
+    return corrected, correction - (corrected - shift), count
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """`x` with one bit less, so that compilers cannot fuse what it is made of into what uses it.
+
+    A product fused with the next difference is not rounded, and the shift would be another number
+    at each place where it comes off.
+    """
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant - 1)
 
 
 def _valid_count(mask: jax.Array, x: jax.Array, axis: int, dtype: DTypeLike) -> jax.Array:
@@ -195,11 +222,11 @@ def _valid_count(mask: jax.Array, x: jax.Array, axis: int, dtype: DTypeLike) -> 
     return jnp.broadcast_to(count, (x.shape[axis],))
 
 
-def _fraction(x: jax.Array, axis: int) -> jax.Array:
+def _corner(x: jax.Array, axis: int) -> jax.Array:
     """A corner of `x` with a sixteenth of each channel's values or more; `x` itself where small.
 
-    The mean K of a fraction f obeys (E[x] − K)² ≤ Var[x]·(1 − f)/f on any data, so that E[d²] is
-    at most 1/f times the variance that is left of it: four bits. The corner is cut out of every
+    The mean K of a fraction f obeys (E[x] − K)² ≤ Var[x]·(1 − f)/f on any data. E[(x − K)²] is then
+    at most 1/f times the variance, which loses four bits to it. The corner is cut out of every
     sample where a sample has sixteen positions, so that batches spread over devices stay in place.
     """
     samples, positions = reduced_axes(x.ndim, axis)[:1], reduced_axes(x.ndim, axis)[1:]
