@@ -3,14 +3,13 @@
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._activation import Activation
 from jaxbn._checks import check_bool, check_momentum
 from jaxbn._moments import Moments
 from jaxbn._normalize import batch_normalize, normalize
-from jaxbn._stats import BatchStats, check_stats_dtypes, update_batch_stats
+from jaxbn._stats import BatchStats, checked_stats, update_batch_stats
 from jaxbn._sums import AxisName
 
 Stats = TypeVar("Stats", BatchStats, None, BatchStats | None)
@@ -72,8 +71,8 @@ def batch_norm(
       where `stats` is None.
 
     Raises:
-      TypeError: an array is not real floating point, `stats` is narrower than float32, `train` or
-        `skip_nonfinite` is not a bool; as `normalize`.
+      TypeError: an array is not real floating point, `stats` is no BatchStats or narrower than
+        float32, `train` or `skip_nonfinite` is not a bool; as `normalize`.
       ValueError: there is one value per channel in training, a shape does not fit, `epsilon` or
         `momentum` is out of range; as `normalize`.
       NameError: `axis_name` is not bound, in training.
@@ -97,8 +96,7 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
     check_bool(train, "train")
     check_bool(skip_nonfinite, "skip_nonfinite")
     if stats is not None:
-        stats = BatchStats(*map(jnp.asarray, stats))
-        check_stats_dtypes(stats)
+        stats = checked_stats(stats)
     options: dict[str, Any] = {
         "axis": axis,
         "epsilon": epsilon,

@@ -25,9 +25,17 @@ def statistics_dtype(*dtypes: DTypeLike) -> np.dtype[Any]:
     return np.dtype(np.float64 if wide else np.float32)
 
 
+def checked_array(value: ArrayLike, name: str) -> jax.Array:
+    """`value` as an array."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` must be an array; got {value!r}.") from None
+
+
 def checked_float(value: ArrayLike, name: str) -> jax.Array:
     """`value` as an array, refused unless it is real floating point."""
-    array = jnp.asarray(value)
+    array = checked_array(value, name)
     if array.dtype.name not in FLOAT_DTYPES:
         raise TypeError(
             f"`{name}` must have one of the dtypes {', '.join(FLOAT_DTYPES)}; got {array.dtype}. "
@@ -160,7 +168,7 @@ def checked_mask(mask: ArrayLike | None, x: jax.Array) -> tuple[jax.Array, jax.A
     """
     if mask is None:
         return x, None
-    mask = jnp.asarray(mask)
+    mask = checked_array(mask, "mask")
     if jnp.issubdtype(mask.dtype, jnp.complexfloating):
         raise TypeError(f"`mask` must be bool, or hold 0 and 1 as real numbers; got {mask.dtype}.")
     _check_mask_shape(mask.shape, x.shape)

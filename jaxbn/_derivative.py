@@ -136,23 +136,28 @@ def _tangent(
 ) -> tuple[jax.Array, Batch]:
     """Tangents of the output and of the batch, linear in those of the operands.
 
-        dz = k·dx + p + x̂·q + dresidual    with  p = dbias − k·E[dx],  q = dscale − k·E[dx·x̂]
+        dz = k·dx + p + d·q + dresidual    with  q = (dscale − k·E[dx·x̂])·rstd
+                                                 p = dbias − k·E[dx] − delta·q
 
-    and `k = scale·rstd`. The vectors p and q are collected first so that, transposed, bias and
-    E[dx] share the one reduction of the cotangent, and scale and E[dx·x̂] the other. No power of
+    for `k = scale·rstd`, `d = x − shift` and `E[dx·x̂] = (E[dx·d] − delta·E[dx])·rstd`. The vectors
+    p and q are collected first so that, transposed, bias and E[dx] share the one reduction of the
+    cotangent, and scale and E[dx·x̂] the other. Both are of d, not of x̂: differences of nearby
+    floats are exact, and x̂ would be off by its rounding, alike wherever x is alike. No power of
     rstd above the first appears but in drstd, where it is what the result is made of: rstd³ would
     underflow.
     """
     x, mask, scale, *_ = operands
     shift, delta, _, rstd, count = batch
     dx = where_valid(mask, directions.x).astype(rstd.dtype)
-    normalized = affine(x, mask, shift, rstd, -delta * rstd, None, axis=form.axis)
-    mean_dx, mean_dx_normalized = means((dx, dx * normalized), count, form.axis, form.axis_name)
+    deviation = centered(x, mask, form.axis, shift)
+    mean_dx, mean_dx_deviation = means((dx, dx * deviation), count, form.axis, form.axis_name)
+    mean_dx_normalized = (mean_dx_deviation - delta * mean_dx) * rstd
     k = scale * rstd
-    p, q = directions.bias - k * mean_dx, directions.scale - k * mean_dx_normalized
+    q = (directions.scale - k * mean_dx_normalized) * rstd
+    p = directions.bias - k * mean_dx - delta * q
     k = expand(k, x.shape, form.axis)
     p, q = (expand_tangent(v, x.shape, form.axis) for v in (p, q))
-    dz = k * dx + p + normalized * q
+    dz = k * dx + p + deviation * q
     if directions.residual is not None:
         dz = dz + directions.residual.astype(dz.dtype)
     dy = where_valid(mask, _through_activation(dz, directions, operands, batch, y, form))

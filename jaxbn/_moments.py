@@ -150,12 +150,13 @@ def shifted_moments(
     right without it.
     """
     shift, missing, count = _shifts(jax.lax.stop_gradient(x), mask, axis, axis_name, dtype)
-    deviation = centered(x, mask, axis, shift, missing)
-    delta, square = means((deviation, jnp.square(deviation)), count, axis, axis_name)
-    var = square - jnp.square(delta)
+    deviation = centered(x, mask, axis, shift)
+    square = jnp.square(centered(x, mask, axis, shift, missing))
+    delta, mean_square = means((deviation, square), count, axis, axis_name)
+    var = mean_square - jnp.square(delta - missing)
     # Rounding may leave a constant channel just below zero; the derivative is that of `var`.
     var = var + jax.lax.stop_gradient(jnp.maximum(-var, 0))
-    return shift, missing + delta, var, count
+    return shift, delta, var, count
 
 
 def centered(x: jax.Array, mask: jax.Array | None, axis: int, *shifts: jax.Array) -> jax.Array:

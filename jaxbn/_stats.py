@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._checks import check_bool, check_momentum
+from jaxbn._checks import check_bool, check_momentum, checked_array
 from jaxbn._moments import Moments
 
 
@@ -60,8 +60,7 @@ def init_batch_stats(num_features: int, dtype: DTypeLike = jnp.float32) -> Batch
     stats = BatchStats(
         jnp.zeros(num_features, dtype), jnp.ones(num_features, dtype), jnp.zeros((), jnp.int32)
     )
-    check_stats_dtypes(stats)
-    return stats
+    return checked_stats(stats)
 
 
 def update_batch_stats(
@@ -98,8 +97,8 @@ def update_batch_stats(
       New `BatchStats`, in the dtypes of `stats`.
 
     Raises:
-      TypeError: `stats` is narrower than float32, or its count is not an integer; `momentum` is
-        not a number; `skip_nonfinite` is not a bool.
+      TypeError: `stats` or `moments` is of another type, `stats` is narrower than float32 or its
+        count not an integer; `momentum` is not a number; `skip_nonfinite` is not a bool.
       ValueError: the shapes differ, or `momentum` is a number outside [0, 1].
 
     Example:
@@ -116,8 +115,12 @@ def update_batch_stats(
     """
     check_momentum(momentum)
     check_bool(skip_nonfinite, "skip_nonfinite")
-    stats, moments = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, (stats, moments)))
-    check_stats_dtypes(stats)
+    if not isinstance(moments, Moments):
+        raise TypeError(
+            f"`moments` must be Moments of mean, var and count; got {type(moments).__name__}."
+        )
+    moments = Moments(*map(jnp.asarray, moments))
+    stats, moments = jax.lax.stop_gradient((checked_stats(stats), moments))
     _check_shapes(stats, moments)
     dtype = stats.mean.dtype
     finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
@@ -136,8 +139,14 @@ def update_batch_stats(
     )
 
 
-def check_stats_dtypes(stats: BatchStats) -> None:
-    """Vectors of float32 or float64, both of the same, and an integer count."""
+def checked_stats(stats: BatchStats) -> BatchStats:
+    """`stats` as arrays: vectors of float32 or float64, both of the same, and an integer count."""
+    if not isinstance(stats, BatchStats):
+        raise TypeError(
+            "`stats` must be a BatchStats of mean, var and count, or None where none are kept; "
+            f"got {type(stats).__name__}."
+        )
+    stats = BatchStats(*(checked_array(v, f"stats.{n}") for n, v in stats._asdict().items()))
     for name, vector in (("mean", stats.mean), ("var", stats.var)):
         if vector.dtype not in (jnp.float32, jnp.float64):
             raise TypeError(
@@ -154,6 +163,7 @@ def check_stats_dtypes(stats: BatchStats) -> None:
             "`stats.count` must be an integer array, the number of batches; "
             f"got {stats.count.dtype}. Use .astype(jnp.int32)."
         )
+    return stats
 
 
 def _check_shapes(stats: BatchStats, moments: Moments) -> None:

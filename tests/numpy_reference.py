@@ -38,6 +38,23 @@ def train(x, scale, bias, dy, axis, epsilon=EPSILON):
     return SimpleNamespace(y=y, mean=mean, var=var, count=n, dx=dx, dscale=dscale, dbias=dbias)
 
 
+def masked_train(x, scale, bias, dy, axis, mask):
+    """`train` of what the mask leaves, channel by channel; zeros where there is nothing."""
+    mask, channels = np.broadcast_to(mask, x.shape), x.shape[axis]
+    y, dx = np.zeros(x.shape), np.zeros(x.shape)
+    vectors = {name: np.zeros(channels) for name in ("mean", "var", "count", "dscale", "dbias")}
+    for c in range(channels):
+        channel = tuple(c if i == axis % x.ndim else slice(None) for i in range(x.ndim))
+        keep = mask[channel]
+        if keep.any():
+            rows, cotangents = x[channel][keep][:, None], dy[channel][keep][:, None]
+            one = train(rows, scale[[c]], bias[[c]], cotangents, 1)
+            y[channel][keep], dx[channel][keep] = one.y[:, 0], one.dx[:, 0]
+            for name, vector in vectors.items():
+                vector[c] = np.ravel(getattr(one, name))[0]
+    return SimpleNamespace(y=y, dx=dx, **vectors)
+
+
 def evaluate(x, mean, var, scale, bias, dy, axis, epsilon=EPSILON):
     """Output in inference mode, and the gradients of `sum(dy · y)`."""
     x, mean, var, scale, bias, dy = (

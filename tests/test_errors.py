@@ -186,7 +186,11 @@ CASES = {
         ValueError,
         "`momentum` must be a scalar, the same for all channels; got shape (3,).",
     ),
-    "momentum in words": (lambda: train(momentum="0.1"), TypeError, "0.1"),
+    "momentum in words": (
+        lambda: train(momentum="0.1"),
+        TypeError,
+        "`momentum` must be an array; got '0.1'.",
+    ),
     "momentum above 1, traced mode": (
         lambda: jax.jit(lambda t: jaxbn.batch_norm(X, STATS, train=t, momentum=2))(True),
         ValueError,
@@ -203,7 +207,6 @@ CASES = {
         TypeError,
         "`train` must be True, False or a traced bool",
     ),
-    "mask, in inference": (lambda: infer(mask=X > 0), NotImplementedError, "`mask` is not"),
     "moments of different channels": (
         lambda: jaxbn.merge_moments(MOMENTS, jaxbn.batch_moments(jnp.ones((4, 2)))),
         ValueError,
@@ -214,18 +217,6 @@ CASES = {
         ValueError,
         "got vectors of the shapes (1,), (3,).",
     ),
-    "axis_name": (lambda: train(axis_name="i"), NotImplementedError, "`axis_name` is not"),
-    "mask": (
-        lambda: jaxbn.batch_moments(X, mask=jnp.ones(8, bool)),
-        NotImplementedError,
-        "`mask` is not implemented yet; leave it at None.",
-    ),
-    "activation": (
-        lambda: infer(activation="relu"),
-        NotImplementedError,
-        "`activation` is not implemented yet; leave it at None.",
-    ),
-    "residual": (lambda: train(residual=X), NotImplementedError, "`residual` is not"),
     "1d layer, images": (
         lambda: layer(linen.BatchNorm1d(3), X),
         ValueError,
@@ -320,20 +311,221 @@ CASES = {
         ValueError,
         '"use_running_average" was passed to the constructor and at call time',
     ),
-    "layer, mask": (
-        lambda: linen.BatchNorm().init(jax.random.key(0), X, False, mask=X > 0),
-        NotImplementedError,
-        "`mask` is not",
-    ),
     "layer, axis_index_groups": (
         lambda: layer(linen.BatchNorm(axis_index_groups=[[0], [1]]), X),
         NotImplementedError,
         "`axis_index_groups` is not",
     ),
-    "layer, axis_name": (
-        lambda: layer(linen.BatchNorm2d(3, axis=-1, axis_name="i"), X, train=False),
-        NotImplementedError,
-        "`axis_name` is not",
+    "axis_name that is not bound": (
+        lambda: train(axis_name="batch"),
+        NameError,
+        "`axis_name` must name axes of an enclosing jax.vmap, jax.pmap or jax.shard_map; got "
+        "'batch', which is not bound here. Outside of them leave it at None",
+    ),
+    "one of two axis names that is not bound": (
+        lambda: jax.vmap(lambda x: jaxbn.batch_moments(x, axis_name=("i", "j")), axis_name="i")(X),
+        NameError,
+        "got ('i', 'j'), which is not bound here.",
+    ),
+    "mask of one value per sample without the other axes": (
+        lambda: jaxbn.batch_moments(X, mask=jnp.ones(8, bool)),
+        ValueError,
+        "`mask` must broadcast against `x`; got shape (8,) for x.shape=(8, 4, 4, 3). A mask of "
+        "one value per sample has shape (8, 1, 1, 1).",
+    ),
+    "mask with an axis too many": (
+        lambda: train(mask=jnp.ones((1, 8, 4, 4, 3), bool)),
+        ValueError,
+        "got shape (1, 8, 4, 4, 3) for x.shape=(8, 4, 4, 3).",
+    ),
+    "mask that would stretch `x`": (
+        lambda: train(X[:, :1], mask=jnp.ones((8, 4, 4, 3), bool)),
+        ValueError,
+        "got shape (8, 4, 4, 3) for x.shape=(8, 1, 4, 3).",
+    ),
+    "mask that fits both ends": (
+        lambda: infer(jnp.ones((3, 3)), mask=jnp.ones(3, bool)),
+        ValueError,
+        "`mask` of shape (3,) fits both the first and the last axes of x.shape=(3, 3). Give it 2 "
+        "dimensions: (3, 1) for the first, (1, 3) for the last.",
+    ),
+    "complex mask": (
+        lambda: train(mask=jnp.ones((8, 1, 1, 1), jnp.complex64)),
+        TypeError,
+        "`mask` must be bool, or hold 0 and 1 as real numbers; got complex64.",
+    ),
+    "weights for a mask": (
+        lambda: train(mask=jnp.full((8, 1, 1, 1), 0.5)),
+        ValueError,
+        "`mask` must be True or 1 where `x` counts and False or 0 elsewhere; got other values.",
+    ),
+    "gray values for a mask": (
+        lambda: infer(mask=np.full((8, 1, 1, 1), 255, np.uint8)),
+        ValueError,
+        "got other values. Compare first, for example mask > 0.5; weights are not supported.",
+    ),
+    "words for a mask": (
+        lambda: train(mask="all"),
+        TypeError,
+        "`mask` must be an array; got 'all'.",
+    ),
+    "unknown activation": (
+        lambda: infer(activation="elu"),
+        ValueError,
+        "`activation` must be None, a function, or one of relu, leaky_relu, silu, gelu; got 'elu'.",
+    ),
+    "activation that is no function": (
+        lambda: train(activation=1),
+        TypeError,
+        "`activation` must be None, a function, or one of relu, leaky_relu, silu, gelu; got 1.",
+    ),
+    "activation that reduces": (
+        lambda: train(activation=jnp.sum),
+        ValueError,
+        "`activation` must return a real array of the shape of its argument; got",
+    ),
+    "activation that compares": (
+        lambda: infer(activation=lambda z: z > 0),
+        ValueError,
+        "`activation` must return a real array of the shape of its argument; got",
+    ),
+    "activation that returns two arrays": (
+        lambda: infer(activation=lambda z: (z, z)),
+        ValueError,
+        "`activation` must return a real array of the shape of its argument; got",
+    ),
+    "residual of another shape": (
+        lambda: train(residual=X[:1]),
+        ValueError,
+        "`residual` must have the shape of `x`, (8, 4, 4, 3); got (1, 4, 4, 3).",
+    ),
+    "residual of another dtype": (
+        lambda: infer(residual=X.astype(jnp.bfloat16)),
+        TypeError,
+        "`residual` must have the dtype of the output, float32; got bfloat16. Use "
+        "residual.astype(jnp.float32).",
+    ),
+    "residual of the dtype of the input, not of the output": (
+        lambda: train(X.astype(jnp.bfloat16), residual=X.astype(jnp.bfloat16), dtype=jnp.float32),
+        TypeError,
+        "`residual` must have the dtype of the output, float32; got bfloat16.",
+    ),
+    "integer residual": (
+        lambda: train(residual=X.astype(int)),
+        TypeError,
+        f"`residual` {FLOATS}; got int32.",
+    ),
+    "skip_nonfinite in words": (
+        lambda: train(skip_nonfinite="yes"),
+        TypeError,
+        "`skip_nonfinite` must be True, False or a traced bool; got 'yes'.",
+    ),
+    "skip_nonfinite as a number, in inference": (
+        lambda: infer(skip_nonfinite=1),
+        TypeError,
+        "`skip_nonfinite` must be True, False or a traced bool; got 1.",
+    ),
+    "skip_nonfinite as a number": (
+        lambda: jaxbn.update_batch_stats(STATS, MOMENTS, skip_nonfinite=0),
+        TypeError,
+        "`skip_nonfinite` must be True, False or a traced bool; got 0.",
+    ),
+    "integer mean": (
+        lambda: jaxbn.normalize(X, jnp.ones(3, int), V3),
+        TypeError,
+        f"`mean` {FLOATS}; got int32.",
+    ),
+    "complex variance": (
+        lambda: jaxbn.normalize(X, V3, V3.astype(jnp.complex64)),
+        TypeError,
+        f"`var` {FLOATS}; got complex64.",
+    ),
+    "integer bias": (
+        lambda: jaxbn.batch_normalize(X, V3, jnp.ones(3, int)),
+        TypeError,
+        f"`bias` {FLOATS}; got int32.",
+    ),
+    "integer statistics": (
+        lambda: train(X, STATS._replace(mean=jnp.ones(3, int))),
+        TypeError,
+        "Running statistics must be float32 or float64; got stats.mean of dtype int32",
+    ),
+    "statistics of another size, in inference": (
+        lambda: infer(X, jaxbn.init_batch_stats(4)),
+        ValueError,
+        "`mean` must have shape (3,), the size of `x` along axis=3; got (4,)",
+    ),
+    "mean and variance of different sizes": (
+        lambda: infer(X, STATS._replace(var=jnp.ones(4))),
+        ValueError,
+        "`var` must have shape (3,), the size of `x` along axis=3; got (4,)",
+    ),
+    "statistics that are no triple": (
+        lambda: train(X, {"mean": V3, "var": V3}),
+        TypeError,
+        "`stats` must be a BatchStats of mean, var and count, or None where none are kept; "
+        "got dict.",
+    ),
+    "moments in place of statistics": (
+        lambda: infer(X, MOMENTS),
+        TypeError,
+        "or None where none are kept; got Moments.",
+    ),
+    "statistics in place of moments": (
+        lambda: jaxbn.update_batch_stats(STATS, STATS),
+        TypeError,
+        "`moments` must be Moments of mean, var and count; got BatchStats.",
+    ),
+    "axis as a float": (
+        lambda: jaxbn.batch_moments(X, axis=1.0),
+        TypeError,
+        "`axis` must be one int, the channel axis of `x`; got 1.0.",
+    ),
+    "no input": (lambda: train(None), TypeError, "`x` must be an array; got None."),
+    "scale alone of another size, no statistics": (
+        lambda: jaxbn.batch_norm(X, None, jnp.ones(4), train=True),
+        ValueError,
+        "`scale` must have shape (3,)",
+    ),
+    "layer in evaluation without statistics, one value per channel": (
+        lambda: linen.BatchNorm1d(3, track_running_stats=False).apply(
+            {"params": {"scale": V3, "bias": V3}}, jnp.ones((1, 3)), True
+        ),
+        ValueError,
+        "got input size (1, 3)",
+    ),
+    "layer in evaluation whose statistics are not given": (
+        lambda: linen.BatchNorm1d(3).apply(
+            {"params": {"scale": V3, "bias": V3}}, jnp.ones((8, 3)), True
+        ),
+        ValueError,
+        "BatchNorm1d normalizes by running statistics in inference, and the collection "
+        "`batch_stats` was not given to `apply`.",
+    ),
+    "layer, axis_name that is not bound": (
+        lambda: trained_layer(linen.BatchNorm(axis_name="i"), X, X),
+        NameError,
+        "got 'i', which is not bound here.",
+    ),
+    "layer, mask of another shape": (
+        lambda: linen.BatchNorm().init(jax.random.key(0), X, False, mask=jnp.ones(8, bool)),
+        ValueError,
+        "`mask` must broadcast against `x`; got shape (8,)",
+    ),
+    "layer, unknown activation": (
+        lambda: layer(linen.BatchNorm2d(3, axis=-1, activation="swish"), X),
+        ValueError,
+        "got 'swish'.",
+    ),
+    "layer, residual of another dtype": (
+        lambda: linen.BatchNorm().init(jax.random.key(0), X, False, residual=X.astype(jnp.float16)),
+        TypeError,
+        "`residual` must have the dtype of the output, float32; got float16.",
+    ),
+    "layer, skip_nonfinite as a number": (
+        lambda: trained_layer(linen.BatchNorm(skip_nonfinite=1), X, X),
+        TypeError,
+        "`skip_nonfinite` must be True, False or a traced bool; got 1.",
     ),
 }
 

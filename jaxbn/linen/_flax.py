@@ -17,6 +17,7 @@ from jaxbn.linen._variables import (
     normalize_with,
     running_statistics,
     scale_and_bias,
+    training_mode,
 )
 
 
@@ -134,11 +135,13 @@ class BatchNorm(nn.Module):
         integer = jnp.issubdtype(given.dtype, jnp.integer)
         x = checked_float(given.astype(jnp.float32) if integer else given, "x")
         num_features = x.shape[checked_axis(x.shape, self.axis)]
+        train = training_mode(self, use_running_average)
         running = running_statistics(
             self,
             num_features,
             jnp.float32 if self.force_float32_reductions else self.param_dtype,
             ("mean", "var"),
+            train,
         )
         check_channels(self, x.shape, len(running["mean"].value))
         scale, bias = scale_and_bias(self, num_features, self.use_scale, self.use_bias)
@@ -148,7 +151,7 @@ class BatchNorm(nn.Module):
             scale,
             bias,
             running,
-            use_running_average,
+            train,
             dtype=canonicalize_dtype(given, scale, bias, dtype=self.dtype),
             momentum=1 - self.momentum,
             unbiased=False,

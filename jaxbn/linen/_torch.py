@@ -17,6 +17,7 @@ from jaxbn.linen._variables import (
     normalize_with,
     running_statistics,
     scale_and_bias,
+    training_mode,
 )
 
 
@@ -65,10 +66,11 @@ class _TorchBatchNorm(nn.Module):
         x = checked_float(x, "x")
         self._check_layout(x.shape)
         check_channels(self, x.shape, self.num_features)
+        train = training_mode(self, use_running_average)
         running = {}
         if self.track_running_stats or self.has_variable("batch_stats", "mean"):
             running = running_statistics(
-                self, self.num_features, self.param_dtype, BatchStats._fields
+                self, self.num_features, self.param_dtype, BatchStats._fields, train
             )
         scale, bias = scale_and_bias(
             self, self.num_features, self.affine, self.affine and self.bias
@@ -79,7 +81,7 @@ class _TorchBatchNorm(nn.Module):
             scale,
             bias,
             running,
-            use_running_average,
+            train,
             dtype=jnp.dtype(self.dtype or x.dtype),
             momentum=self.momentum,
             unbiased=True,

@@ -26,9 +26,24 @@ def check_channels(module: nn.Module, shape: tuple[int, ...], num_features: int)
         )
 
 
+def training_mode(module: nn.Module, use_running_average: bool | jax.Array | None) -> Any:
+    inference: Any = nn.merge_param(
+        "use_running_average", module.use_running_average, use_running_average
+    )
+    check_bool(inference, "use_running_average")
+    return jnp.logical_not(inference) if isinstance(inference, jax.core.Tracer) else not inference
+
+
 def running_statistics(
-    module: nn.Module, num_features: int, dtype: Dtype, names: tuple[str, ...]
+    module: nn.Module, num_features: int, dtype: Dtype, names: tuple[str, ...], train: Any
 ) -> dict[str, nn.Variable[jax.Array]]:
+    given = module.has_variable("batch_stats", "mean") or module.is_initializing()
+    if not given and train is False:
+        raise ValueError(
+            f"{type(module).__name__} normalizes by running statistics in inference, and the "
+            "collection `batch_stats` was not given to `apply`. Pass it beside `params`."
+        )
+
     def initial(name: str) -> jax.Array:
         value: jax.Array = getattr(init_batch_stats(num_features, statistics_dtype(dtype)), name)
         return value
@@ -51,7 +66,7 @@ def normalize_with(
     scale: jax.Array | None,
     bias: jax.Array | None,
     running: dict[str, nn.Variable[jax.Array]],
-    use_running_average: bool | jax.Array | None,
+    train: Any,
     *,
     dtype: Dtype,
     epsilon: float,
@@ -62,12 +77,6 @@ def normalize_with(
     update: bool = True,
 ) -> jax.Array:
     """Runs `batch_norm` on the module's variables and stores the new statistics in `running`."""
-    inference: Any = nn.merge_param(
-        "use_running_average", module.use_running_average, use_running_average
-    )
-    check_bool(inference, "use_running_average")
-    traced = isinstance(inference, jax.core.Tracer)
-    train = jnp.logical_not(inference) if traced else not inference
     fixed: dict[str, Any] = {
         "axis": module.axis,
         "epsilon": epsilon,

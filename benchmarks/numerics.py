@@ -1,0 +1,324 @@
+"""Rounding errors of batch norm in training, method beside method on the same data, on the CPU.
+
+    python benchmarks/numerics.py        # the peers torch, dm-haiku, equinox, keras where installed
+
+Prints four tables in Markdown: the output where means are large; every quantity at one large mean,
+with the memory traffic of the compiled modules; the variance in four forms, jaxbn's among them; and
+the output in bfloat16 and float16. The referee is float64 NumPy on the same, already rounded input.
+An error is the largest difference over the largest magnitude that the referee finds.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import traffic
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import jaxbn
+
+SHAPE = (32, 28, 28, 16)
+AXES = (0, 1, 2)  # all but the channels
+EPSILON = 1e-5
+CONSOLE = Console(width=160, markup=False, highlight=False)
+
+
+class Result(NamedTuple):
+    """What one training step of one layer gives: output, biased variance and gradients."""
+
+    y: Any
+    var: Any
+    dx: Any
+    dscale: Any
+    dbias: Any
+
+
+class Method(NamedTuple):
+    """`step(x, scale, bias, dy)` and what it is made of in JAX: a layer that gives `(y, var)`."""
+
+    step: Callable[..., Result]
+    layer: Callable[..., Any] | None = None
+    axis: int = -1  # where the layer wants the channels
+
+
+def in_jax(layer: Callable[..., Any], axis: int = -1) -> Method:
+    """A layer in JAX with its gradients, in one compiled step."""
+
+    def step(x: jax.Array, scale: jax.Array, bias: jax.Array, dy: jax.Array) -> Result:
+        x, dy = (jnp.moveaxis(v, -1, axis) for v in (x, dy))
+        y, pullback, var = jax.vjp(layer, x, scale, bias, has_aux=True)
+        dx, dscale, dbias = pullback(dy)
+        y, dx = (jnp.moveaxis(v, axis, -1) for v in (y, dx))
+        return Result(y, var, dx, dscale, dbias)
+
+    return Method(jax.jit(step), layer, axis)
+
+
+def with_jaxbn() -> Method:
+    """This library."""
+
+    def layer(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, moments = jaxbn.batch_normalize(x, scale, bias, epsilon=EPSILON)
+        return y, jax.lax.stop_gradient(moments.var)
+
+    return in_jax(layer)
+
+
+def with_torch(layout: str) -> Method:
+    """`torch.nn.functional.batch_norm`, in one of the two memory layouts that have kernels."""
+    import torch
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        # from_numpy does not know bfloat16; by way of float32 nothing is lost.
+        return torch.from_numpy(array.astype(np.float32)).to(getattr(torch, array.dtype.name))
+
+    def image(array: np.ndarray) -> torch.Tensor:
+        memory_format = getattr(torch, layout)
+        return tensor(array).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+
+    def channels_last(x: torch.Tensor) -> np.ndarray:
+        return x.detach().permute(0, 2, 3, 1).double().numpy()
+
+    def step(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, dy: np.ndarray) -> Result:
+        count = x.size // scale.size
+        x, scale, bias = (v.requires_grad_() for v in (image(x), tensor(scale), tensor(bias)))
+        mean, var = torch.zeros(len(bias)), torch.ones(len(bias))
+        y = torch.nn.functional.batch_norm(x, mean, var, scale, bias, True, 1.0, EPSILON)
+        y.backward(image(dy))
+        biased = var.double().numpy() * (count - 1) / count
+        return Result(channels_last(y), biased, channels_last(x.grad), scale.grad, bias.grad)
+
+    return Method(step)
+
+
+def with_flax(fast: bool) -> Method:
+    """`flax.linen.BatchNorm`; at momentum 0, its running variance is the batch's."""
+    module = nn.BatchNorm(False, momentum=0.0, epsilon=EPSILON, use_fast_variance=fast)
+
+    def layer(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+        stats = {"mean": jnp.zeros_like(bias), "var": jnp.ones_like(scale)}
+        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
+        y, updates = module.clone(dtype=x.dtype).apply(variables, x, mutable=["batch_stats"])
+        return y, jax.lax.stop_gradient(updates["batch_stats"]["var"])
+
+    return in_jax(layer)
+
+
+def with_haiku() -> Method:
+    """`haiku.BatchNorm`, with scale and offset handed in at the call."""
+    import haiku as hk
+
+    @hk.transform_with_state
+    def function(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        module = hk.BatchNorm(False, False, decay_rate=0.0, eps=EPSILON, name="norm")
+        return module(x, is_training=True, scale=scale, offset=bias)
+
+    def layer(*arguments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        params, state = function.init(None, *map(jax.lax.stop_gradient, arguments))
+        y, state = function.apply(params, state, None, *arguments)
+        return y, jax.lax.stop_gradient(state["norm/~/var_ema"]["average"].ravel())
+
+    return in_jax(layer)
+
+
+def with_equinox() -> Method:
+    """`equinox.nn.BatchNorm`, which wants the channels first."""
+    import equinox as eqx
+
+    def layer(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+        module, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
+            scale.size, axis_name="batch", eps=EPSILON, momentum=0.0, mode="batch"
+        )
+        module = eqx.tree_at(lambda module: (module.weight, module.bias), module, (scale, bias))
+        y, state = jax.vmap(module, (0, None), (0, None), axis_name="batch")(x, state)
+        return y, jax.lax.stop_gradient(state.get(module.batch_state_index)[1])
+
+    return in_jax(layer, axis=1)
+
+
+def with_keras() -> Method:
+    """`keras.layers.BatchNormalization` on JAX."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+
+    module = keras.layers.BatchNormalization(momentum=0.0, epsilon=EPSILON)
+    module.build(SHAPE)
+
+    def layer(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+        stats = [jnp.zeros_like(bias), jnp.ones_like(scale)]
+        y, (_, var) = module.stateless_call([scale, bias], stats, x, training=True)
+        return y, jax.lax.stop_gradient(var)
+
+    return in_jax(layer)
+
+
+METHODS = {
+    "jaxbn": ("jaxbn", with_jaxbn),
+    "torch": ("torch", functools.partial(with_torch, "contiguous_format")),
+    "torch, NHWC": ("torch", functools.partial(with_torch, "channels_last")),
+    "Flax": ("flax", functools.partial(with_flax, fast=True)),
+    "Flax, slow": ("flax", functools.partial(with_flax, fast=False)),
+    "haiku": ("haiku", with_haiku),
+    "equinox": ("equinox", with_equinox),
+    "keras": ("keras", with_keras),
+}
+FORMS = {
+    "E[x²] − E[x]²": lambda x, shift: jnp.square(x).mean(AXES) - jnp.square(x.mean(AXES)),
+    "E[(x − E[x])²]": lambda x, shift: jnp.square(x - x.mean(AXES)).mean(AXES),
+    "E[(x − K)²] − E[x − K]²": lambda x, shift: FORMS["E[x²] − E[x]²"](x - shift, None),
+    "jaxbn": lambda x, shift: jaxbn.batch_moments(x).var,
+}
+
+
+def installed() -> dict[str, Method]:
+    """The methods whose package is there; a line is printed for each of the others."""
+    found = {}
+    for name, (package, make) in METHODS.items():
+        if importlib.util.find_spec(package) is None:
+            CONSOLE.print(f"{name} is left out: the package {package} is not installed.")
+        else:
+            found[name] = make()
+    return found
+
+
+def referee(*arguments: np.ndarray) -> Result:
+    """Batch norm of `(x, scale, bias, dy)` and its gradients in float64, from the definition."""
+    x, scale, bias, dy = (v.astype(np.float64) for v in arguments)
+    mean, var, count = x.mean(AXES), x.var(AXES), x.size // scale.size
+    deviation = np.sqrt(var + EPSILON)
+    normalized = (x - mean) / deviation
+    dbias, dscale = dy.sum(AXES), (dy * normalized).sum(AXES)
+    dx = scale / deviation * (dy - dbias / count - normalized * dscale / count)
+    return Result(normalized * scale + bias, var, dx, dscale, dbias)
+
+
+def error(actual: Any, expected: np.ndarray) -> float:
+    """Largest difference over the largest expected magnitude; NaN where there is a NaN."""
+    actual = np.asarray(actual, np.float64)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def sample(mean: float, std: float, shape: Any = SHAPE, seed: int = 0) -> np.ndarray:
+    """Normal numbers, computed in float64 and rounded to float32."""
+    numbers = np.random.RandomState(seed).standard_normal(shape)
+    return (numbers * std + mean).astype(np.float32)
+
+
+def problem(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """`(x, scale, bias, dy)` with nothing at 0 or 1."""
+    scale, bias = sample(1.0, 0.5, x.shape[-1], 1), sample(-0.5, 1.0, x.shape[-1], 2)
+    return x, scale, bias, sample(0.3, 1.0, x.shape, 3).astype(x.dtype)
+
+
+def output_errors(methods: dict[str, Method], data: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+    """For each input, the error of the output of each method."""
+    rows = {}
+    for name, x in data.items():
+        expected = referee(*problem(x)).y
+        rows[name] = [error(method.step(*problem(x)).y, expected) for method in methods.values()]
+    return rows
+
+
+def large_means() -> dict[str, np.ndarray]:
+    """Inputs whose mean is large beside their standard deviation, after one that is not."""
+    pairs = ["0 1", "1e2 1", "1e4 1", "1e4 1e-2", "1e6 1", "1e3 1e-3"]
+    return {"mean {}, std {}".format(*p.split()): sample(*map(float, p.split())) for p in pairs}
+
+
+def every_quantity(methods: dict[str, Method]) -> dict[str, list[Any]]:
+    """At mean 1e4: the error of each quantity, and what the compiled modules move."""
+    arguments = problem(sample(1e4, 1.0))
+    results = [method.step(*arguments) for method in methods.values()]
+    rows: dict[str, list[Any]] = {
+        name: [error(getattr(result, name), expected) for result in results]
+        for name, expected in referee(*arguments)._asdict().items()
+    }
+    label = "bytes per element, forward + backward, CPU module"
+    rows[label] = [bytes_per_element(method) for method in methods.values()]
+    return rows
+
+
+def bytes_per_element(method: Method) -> str:
+    """Bytes across memory in the forward and the backward module, in the layer's own layout."""
+    if method.layer is None:
+        return "-"
+    axis = method.axis % len(SHAPE)
+    shape = tuple(np.insert(SHAPE[:-1], axis, SHAPE[-1]).tolist())
+    device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    # Compiled as one function, no layer hands constants from one pass to the other.
+    cost = traffic.measure(jax.jit(method.layer), "BN", shape, axis, jnp.float32, device)
+    return f"{cost.forward + cost.backward:.0f}"
+
+
+def form_errors() -> dict[str, list[Any]]:
+    """For each kind of data, the error of the variance in each form; K is nine tenths of E[x]."""
+    functions = [jax.jit(form) for form in FORMS.values()]
+    rows = {}
+    for name, x in kinds_of_data().items():
+        exact = x.astype(np.float64)
+        shift = (0.9 * exact.mean(AXES)).astype(np.float32)
+        rows[name] = [error(function(x, shift), exact.var(AXES)) for function in functions]
+    return rows
+
+
+def kinds_of_data() -> dict[str, np.ndarray]:
+    """Data that is hard for one form of the variance or another."""
+    constant, outliers, half = (sample(3.0, 1.0) for _ in range(3))
+    constant[:, :2] = 7.0
+    outliers[:, :2] += 1e4
+    half[: len(half) // 2] = 0.0
+    spike = np.zeros(SHAPE, np.float32)
+    spike[0, 0, 0] = 1e18
+    return {
+        "N(0, 1)": sample(0.0, 1.0),
+        "mean 1e4, std 1": sample(1e4, 1.0),
+        "mean 1e6, std 1": sample(1e6, 1.0),
+        "first rows constant": constant,
+        "first rows outliers of 1e4 std": outliers,
+        "first half of the batch zero": half,
+        "one spike of 1e18 among zeros": spike,
+        "std 1e-14": sample(0.0, 1e-14),
+        "std 1e14": sample(0.0, 1e14),
+    }
+
+
+def low_precision() -> dict[str, np.ndarray]:
+    """Inputs in bfloat16 and float16, up to nearly the largest that float16 has."""
+    inputs = {"mean 3, std 2": sample(3.0, 2.0), "mean 100, std 1": sample(100.0, 1.0)}
+    dtypes = {"bfloat16": jnp.bfloat16, "float16": np.float16}
+    data = {f"{d}, {k}": x.astype(dtypes[d]) for d in dtypes for k, x in inputs.items()}
+    wide = sample(0.0, 1.0)
+    return data | {"float16, up to 6e4": (wide / np.abs(wide).max() * 6e4).astype(np.float16)}
+
+
+def show(title: str, columns: Iterable[str], rows: dict[str, list[Any]]) -> None:
+    """Prints a table in Markdown, floats with one digit."""
+    table = Table("", *columns, box=box.MARKDOWN)
+    for name, cells in rows.items():
+        texts = [f"{c:.0e}" if isinstance(c, float) else c for c in cells]
+        table.add_row(name, *({"nan": "NaN", "0e+00": "0"}.get(text, text) for text in texts))
+    CONSOLE.print(title, table, sep="\n")
+
+
+def main() -> None:
+    """Prints the tables."""
+    jax.config.update("jax_platforms", "cpu")
+    methods = installed()
+    show("Large means: error of y", methods, output_errors(methods, large_means()))
+    show("Every quantity at mean 1e4, std 1: error", methods, every_quantity(methods))
+    show("Forms of the moments: error of the variance", FORMS, form_errors())
+    some = {name: methods[name] for name in ("jaxbn", "torch", "Flax") if name in methods}
+    show("Low precision: error of y", some, output_errors(some, low_precision()))
+
+
+if __name__ == "__main__":
+    main()
