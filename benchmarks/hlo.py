@@ -7,6 +7,7 @@ from typing import NamedTuple
 BITS = {"pred": 8, "bf16": 16} | {f"{kind}{n}": n for kind in "suf" for n in (8, 16, 32, 64)}
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+LOOPS = {"while", "conditional"}
 SLICES = {"slice", "dynamic-slice"}
 
 ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
@@ -37,9 +38,11 @@ def cost(text: str) -> Cost:
     """Bytes read and written, kernels and collectives of the compiled module in `text`.
 
     Each top-level instruction is charged for its distinct operands and its output; an operand of
-    which it only reads slices, for these.
+    which it only reads slices, for these. Loops and branches raise ValueError.
     """
     computations, entry = _parse(text)
+    if loops := LOOPS.intersection(i.opcode for i in entry):
+        raise ValueError(f"The cost of {', '.join(loops)} depends on what it runs; got\n{text}")
     sizes = {i.name: i.size for i in entry}
     kernels = [i for i in entry if i.opcode not in FREE and not i.opcode.endswith("-done")]
     transferred = 0

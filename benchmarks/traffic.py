@@ -6,6 +6,7 @@ Per element of the input: bytes that cross memory in the forward and in the back
 bytes kept from the one to the other. For both modules: kernels and collectives.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,12 +16,17 @@ import h100
 import hlo
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import Literal, jaxpr_as_fun
+from jax.sharding import SingleDeviceSharding
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
 
 import jaxbn
 
 SHAPES = {"NHWC": ((128, 56, 56, 64), 3), "NCHW": ((128, 64, 56, 56), 1)}
 CASES = ("BN", "BN+ReLU", "BN+add+ReLU")
+DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 class Traffic(NamedTuple):
@@ -64,6 +70,9 @@ def flax(case: str, axis: int) -> Callable[..., Any]:
     return layer
 
 
+LIBRARIES = {ours: "jaxbn", flax: "Flax"}
+
+
 def measure(
     layer: Callable[..., Any], case: str, shape: tuple[int, ...], axis: int, dtype: Any, device: Any
 ) -> Traffic:
@@ -82,18 +91,18 @@ def measure(
 
     traced, (pullback, _) = jax.make_jaxpr(with_pullback, return_shape=True)(*arguments)
     jaxpr, treedef = traced.jaxpr, jax.tree.structure(pullback)
-    # Arguments handed on, and arrays handed on twice, neither cross memory again nor are kept twice.
-    outputs = jaxpr.outvars
-    produced = [i for i, v in enumerate(outputs) if v not in outputs[:i] + jaxpr.invars]
-    held = list(dict.fromkeys(outputs[: treedef.num_leaves]))
+    leaves = jaxpr.outvars[: treedef.num_leaves]
+    # An argument or an array handed on twice neither crosses memory again nor is kept twice.
+    held = list(dict.fromkeys(v for v in leaves if not isinstance(v, Literal)))
+    produced = [i for i, v in enumerate(jaxpr.outvars) if v not in jaxpr.outvars[:i] + jaxpr.invars]
 
     def forward(*arguments: jax.Array) -> Any:
-        values = jaxpr_as_fun(traced)(*arguments)
-        return [values[i] for i in produced]
+        outputs = jaxpr_as_fun(traced)(*arguments)
+        return [outputs[i] for i in produced]
 
     def backward(arrays: list[jax.Array], dy: jax.Array) -> Any:
-        leaves = [arrays[held.index(v)] for v in outputs[: treedef.num_leaves]]
-        return jax.tree.unflatten(treedef, leaves)(dy)
+        values = [v.val if isinstance(v, Literal) else arrays[held.index(v)] for v in leaves]
+        return jax.tree.unflatten(treedef, values)(dy)
 
     modules = [
         jax.jit(forward).lower(*arguments),
@@ -111,20 +120,33 @@ def measure(
     )
 
 
+def table(title: str, device: Any) -> Table:
+    """Every case, dtype and layout on one device, jaxbn beside Flax."""
+    columns = ("", "forward", "backward", "sum", "kept", "kernels", "collectives")
+    table = Table(*columns, title=title, box=MARKDOWN)
+    for dtype, (layout, (shape, axis)), case in itertools.product(DTYPES, SHAPES.items(), CASES):
+        for layer in (ours, flax):
+            cost = measure(layer(case, axis), case, shape, axis, dtype, device)
+            numbers = (cost.forward, cost.backward, cost.forward + cost.backward, cost.kept)
+            table.add_row(
+                f"{case}, {jnp.dtype(dtype).name}, {layout}, {LIBRARIES[layer]}",
+                *(f"{number:.2f}" for number in numbers),
+                str(cost.kernels),
+                str(cost.collectives),
+            )
+    return table
+
+
 def main() -> None:
-    """Prints the table."""
-    device = h100.sharding()
-    for dtype in (jnp.bfloat16, jnp.float32):
-        for layout, (shape, axis) in SHAPES.items():
-            for case in CASES:
-                for make in (ours, flax):
-                    print(
-                        dtype.__name__,
-                        layout,
-                        case,
-                        make.__name__,
-                        measure(make(case, axis), case, shape, axis, dtype, device),
-                    )
+    """Prints a table for each device that can be compiled for."""
+    console = Console(width=120)
+    console.print(f"jax {jax.__version__}, shapes {SHAPES}")
+    if h100.available():
+        console.print(table("H100: bytes per element of the input", h100.sharding()))
+    else:
+        console.print("No table for an H100: the package jax-cuda13-plugin is not installed.")
+    cpu = SingleDeviceSharding(jax.devices("cpu")[0])
+    console.print(table("CPU: bytes per element of the input", cpu))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fused activation and residual: the values and derivatives of the composition, and what is kept."""
+"""Fused activation and residual: values and derivatives of the composition, and what is kept."""
 
 import functools
 

@@ -1,0 +1,82 @@
+"""Memory traffic, read off what is compiled for an H100, which needs its compiler but no GPU."""
+
+import h100
+import hlo
+import jax
+import jax.numpy as jnp
+import pytest
+import traffic
+from jax.sharding import SingleDeviceSharding
+
+# Bytes per element: two passes forward and two backward are 16, 16 and 22 in bfloat16.
+LIMITS = {
+    ("BN", "bfloat16"): (16.3, 2.01),
+    ("BN+ReLU", "bfloat16"): (16.3, 2.01),
+    ("BN+add+ReLU", "bfloat16"): (22.3, 4.01),
+    ("BN", "float32"): (32.6, 4.01),
+    ("BN+ReLU", "float32"): (32.6, 4.01),
+    ("BN+add+ReLU", "float32"): (44.6, 8.01),
+}
+
+MODULE = """
+HloModule example, entry_computation_layout={(bf16[8,4]{1,0}, f32[4]{0})->f32[4]{0}}
+
+%fused (param_0: bf16[8,4], param_1: f32[4]) -> f32[2,4] {
+  %param_0 = bf16[8,4]{1,0} parameter(0)
+  %slice.1 = bf16[2,4]{1,0} slice(%param_0), slice={[0:2], [0:4]}
+  %param_1 = f32[4]{0} parameter(1)
+  %convert = f32[2,4]{1,0} convert(%slice.1)
+  %broadcast = f32[2,4]{1,0} broadcast(%param_1), dimensions={1}
+  ROOT %add = f32[2,4]{1,0} add(%convert, %broadcast)
+}
+
+ENTRY %main (x: bf16[8,4], v: f32[4]) -> f32[2,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %v = f32[4]{0} parameter(1)
+  %fusion = f32[2,4]{1,0} fusion(%x, %v), kind=kLoop, calls=%fused
+  %square = f32[2,4]{1,0} multiply(%fusion, %fusion)
+  %both = (f32[2,4]{1,0}, f32[2,4]{1,0}) tuple(%fusion, %square)
+  ROOT %sum = f32[2,4]{1,0} all-reduce(%square), replica_groups={}, to_apply=%add
+}
+"""
+
+
+def test_the_counter():
+    slice_, vector, array = 2 * 4 * 2, 4 * 4, 2 * 4 * 4
+    fusion = slice_ + vector + array
+    assert hlo.cost(MODULE) == (fusion + 2 * array + 2 * array, 3, 1)
+    # What is not only sliced is read whole.
+    whole = MODULE.replace("convert(%slice.1)", "convert(%param_0)")
+    assert hlo.cost(whole).bytes == hlo.cost(MODULE).bytes - slice_ + 8 * 4 * 2
+
+
+def test_the_counter_refuses_loops():
+    with pytest.raises(ValueError, match="The cost of while depends on what it runs"):
+        hlo.cost(MODULE.replace("multiply(", "while("))
+
+
+@pytest.mark.skipif(not h100.available(), reason="needs the package jax-cuda13-plugin")
+@pytest.mark.parametrize("layout", traffic.SHAPES)
+@pytest.mark.parametrize(("case", "dtype"), LIMITS)
+def test_on_an_h100(case, dtype, layout):
+    shape, axis = traffic.SHAPES[layout]
+    layer = traffic.ours(case, axis)
+    cost = traffic.measure(layer, case, shape, axis, jnp.dtype(dtype), h100.sharding())
+    crossing, kept = LIMITS[case, dtype]
+    assert cost.forward + cost.backward <= crossing
+    assert cost.kept <= kept
+    assert cost.collectives == 0
+
+
+@pytest.mark.parametrize("layout", traffic.SHAPES)
+@pytest.mark.parametrize(("case", "dtype"), LIMITS)
+def test_on_the_cpu(case, dtype, layout):
+    (_, axis), shape = traffic.SHAPES[layout], (32, 32, 32, 32)
+    device = SingleDeviceSharding(jax.devices("cpu")[0])
+    with jax.numpy_dtype_promotion("standard"):  # Flax promotes
+        cost, flax = (
+            traffic.measure(make(case, axis), case, shape, axis, jnp.dtype(dtype), device)
+            for make in (traffic.ours, traffic.flax)
+        )
+    assert cost.kept <= LIMITS[case, dtype][1]
+    assert cost.forward + cost.backward < flax.forward + flax.backward
