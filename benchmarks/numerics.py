@@ -3,18 +3,22 @@
     python benchmarks/numerics.py        # the peers torch, dm-haiku, equinox, keras where installed
 
 Prints four tables in Markdown: the output where means are large; every quantity at one large mean,
-with the memory traffic of the compiled modules; the variance in four forms, jaxbn's among them; and
-the output in bfloat16 and float16. The referee is float64 NumPy on the same, already rounded input.
-An error is the largest difference over the largest magnitude that the referee finds.
+with the memory traffic of the compiled modules; the variance in several forms, jaxbn's among them,
+with their cost; and the output in bfloat16 and float16. The referee is float64 NumPy on the same,
+already rounded input. An error is the largest difference over the largest magnitude that the referee finds.
 """
 
 import functools
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import flax.linen as nn
+import h100
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +30,7 @@ from rich.table import Table
 import jaxbn
 
 SHAPE = (32, 28, 28, 16)
+LARGE = (32, 56, 56, 64)
 AXES = (0, 1, 2)  # all but the channels
 EPSILON = 1e-5
 CONSOLE = Console(width=160, markup=False, highlight=False)
@@ -174,7 +179,8 @@ FORMS = {
     "E[x²] − E[x]²": lambda x, shift: jnp.square(x).mean(AXES) - jnp.square(x.mean(AXES)),
     "E[(x − E[x])²]": lambda x, shift: jnp.square(x - x.mean(AXES)).mean(AXES),
     "E[(x − K)²] − E[x − K]²": lambda x, shift: FORMS["E[x²] − E[x]²"](x - shift, None),
-    "jaxbn": lambda x, shift: jaxbn.batch_moments(x).var,
+    "jaxbn, CPU": lambda x, shift: jaxbn.batch_moments(x).var,
+    "jaxbn, GPU and TPU": lambda x, shift: for_accelerators(jaxbn.batch_moments, x).var,
 }
 
 
@@ -259,6 +265,47 @@ def bytes_per_element(method: Method) -> str:
     return f"{cost.forward + cost.backward:.0f}"
 
 
+def for_accelerators(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function does on platforms other than the CPU, done on the CPU."""
+
+    def choose(*operands: Any, default: Callable[..., Any], **_: Callable[..., Any]) -> Any:
+        return default(*operands)
+
+    with mock.patch.object(jax.lax, "platform_dependent", choose):
+        return function(*arguments)
+
+
+def form_costs() -> dict[str, list[Any]]:
+    """Bytes that each form reads, and its time on this machine over that of the first."""
+    x = jax.ShapeDtypeStruct(LARGE, jnp.float32)
+    shift = jax.ShapeDtypeStruct(LARGE[-1:], jnp.float32)
+    devices = {"CPU": jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])}
+    if h100.available():
+        devices["H100"] = h100.sharding()
+    rows: dict[str, list[Any]] = {}
+    for device, sharding in devices.items():
+        costs = []
+        for form in FORMS.values():
+            specs = (jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for v in (x, shift))
+            text = jax.jit(form).lower(*specs).compile().as_text()
+            costs.append(f"{hlo.cost(text).bytes / x.size:.2f}")
+        rows[f"bytes per element, {device}"] = costs
+    seconds = np.array(fastest([jax.jit(form) for form in FORMS.values()]))
+    return rows | {"time on the CPU": [f"{ratio:.2f}" for ratio in seconds / seconds[0]]}
+
+
+def fastest(functions: list[Callable[..., Any]], rounds: int = 20) -> list[float]:
+    """The shortest time of each function, taking turns."""
+    arguments = jnp.asarray(sample(3.0, 2.0, LARGE)), jnp.ones(LARGE[-1:])
+    seconds = [float("inf")] * len(functions)
+    for _ in range(rounds + 1):
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            seconds[i] = min(seconds[i], time.perf_counter() - start)
+    return seconds
+
+
 def form_errors() -> dict[str, list[Any]]:
     """For each kind of data, the error of the variance in each form; K is nine tenths of E[x]."""
     functions = [jax.jit(form) for form in FORMS.values()]
@@ -301,11 +348,11 @@ def low_precision() -> dict[str, np.ndarray]:
 
 
 def show(title: str, columns: Iterable[str], rows: dict[str, list[Any]]) -> None:
-    """Prints a table in Markdown, floats with one digit."""
+    """Prints a table in Markdown, floats with two digits."""
     table = Table("", *columns, box=box.MARKDOWN)
     for name, cells in rows.items():
-        texts = [f"{c:.0e}" if isinstance(c, float) else c for c in cells]
-        table.add_row(name, *({"nan": "NaN", "0e+00": "0"}.get(text, text) for text in texts))
+        texts = [f"{c:.1e}" if isinstance(c, float) else c for c in cells]
+        table.add_row(name, *({"nan": "NaN", "0.0e+00": "0"}.get(text, text) for text in texts))
     CONSOLE.print(title, table, sep="\n")
 
 
@@ -315,7 +362,7 @@ def main() -> None:
     methods = installed()
     show("Large means: error of y", methods, output_errors(methods, large_means()))
     show("Every quantity at mean 1e4, std 1: error", methods, every_quantity(methods))
-    show("Forms of the moments: error of the variance", FORMS, form_errors())
+    show("Forms of the variance: error and cost", FORMS, form_errors() | form_costs())
     some = {name: methods[name] for name in ("jaxbn", "torch", "Flax") if name in methods}
     show("Low precision: error of y", some, output_errors(some, low_precision()))
 
