@@ -5,6 +5,7 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
@@ -34,6 +35,9 @@ count=Array(2., dtype=float32))
     mean: jax.Array
     var: jax.Array
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as documented
+
+
+jax.export.register_namedtuple_serialization(Moments, serialized_name="jaxbn.Moments")
 
 
 def batch_moments(

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
@@ -29,6 +30,9 @@ count=Array(0, dtype=int32))
     mean: jax.Array
     var: jax.Array
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as documented
+
+
+jax.export.register_namedtuple_serialization(BatchStats, serialized_name="jaxbn.BatchStats")
 
 
 def init_batch_stats(num_features: int, dtype: DTypeLike = jnp.float32) -> BatchStats:

@@ -38,7 +38,7 @@ def train(x, scale, bias, dy, axis, epsilon=EPSILON):
     return SimpleNamespace(y=y, mean=mean, var=var, count=n, dx=dx, dscale=dscale, dbias=dbias)
 
 
-def masked_train(x, scale, bias, dy, axis, mask):
+def masked_train(x, scale, bias, dy, axis, mask, epsilon=EPSILON):
     """`train` of what the mask leaves, channel by channel; zeros where there is nothing."""
     mask, channels = np.broadcast_to(mask, x.shape), x.shape[axis]
     y, dx = np.zeros(x.shape), np.zeros(x.shape)
@@ -48,7 +48,7 @@ def masked_train(x, scale, bias, dy, axis, mask):
         keep = mask[channel]
         if keep.any():
             rows, cotangents = x[channel][keep][:, None], dy[channel][keep][:, None]
-            one = train(rows, scale[[c]], bias[[c]], cotangents, 1)
+            one = train(rows, scale[[c]], bias[[c]], cotangents, 1, epsilon)
             y[channel][keep], dx[channel][keep] = one.y[:, 0], one.dx[:, 0]
             for name, vector in vectors.items():
                 vector[c] = np.ravel(getattr(one, name))[0]
