@@ -21,8 +21,8 @@ class Block(nn.Module):
         """Images `[N, H, W, C]` to `[N, H, W, features]`."""
         x = nn.Conv(self.features, (3, 3), use_bias=not self.batch_norm, dtype=self.dtype)(x)
         if self.batch_norm:
-            norm = BatchNorm2d(self.features, momentum=self.momentum, axis=-1)
-            x = norm(x, use_running_average=not train)
+            norm = BatchNorm2d(self.features, momentum=self.momentum, axis=-1, activation="relu")
+            return norm(x, use_running_average=not train)
         return nn.relu(x)
 
 

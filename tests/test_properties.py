@@ -1,4 +1,4 @@
-"""What holds for any rank, axis, dtype, mask and split of the batch, with examples by hypothesis."""
+"""What holds for any rank, axis, dtype, mask and split of the batch, by hypothesis."""
 
 import hypothesis
 import hypothesis.extra.numpy as arrays
@@ -12,10 +12,10 @@ from numpy_reference import masked_train, sample
 import jaxbn
 
 SETTINGS = hypothesis.settings(
-    max_examples=25,
+    max_examples=20,
     deadline=None,
     derandomize=True,
-    suppress_health_check=list(hypothesis.HealthCheck),
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 LIMITS = {"float64": 1e-11, "float32": 3e-6, "bfloat16": 1e-2, "float16": 2e-3}
 
@@ -156,7 +156,7 @@ def test_translation_and_scale(batch, offset, factor, negative):
     other, _ = jaxbn.batch_normalize(
         x * factor + offset, axis=axis, mask=mask, epsilon=1e-3 * factor**2
     )
-    np.testing.assert_allclose(other, y * np.sign(factor), 0, 1e-11 * size / abs(factor) * 100)
+    np.testing.assert_allclose(other, y * np.sign(factor), 0, 1e-13 * size / abs(factor))
 
 
 @SETTINGS

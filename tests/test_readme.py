@@ -11,7 +11,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["functions", "modules"])
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["functions", "masks", "modules"])
 def test_snippet(snippet):
     assert len(snippet.splitlines()) <= 20
     names = {}
@@ -21,7 +21,7 @@ def test_snippet(snippet):
         assert names["value"] < 0.1
         assert names["stats"].count == 100
         assert names["error"] < 0.1
-    else:
+    elif "variables" in names:
         assert names["variables"]["batch_stats"]["BatchNorm2d_0"]["count"] == 1
         assert names["logits"].shape == (8, 10)
 

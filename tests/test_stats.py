@@ -7,6 +7,7 @@ import pytest
 from numpy_reference import channel_moments, running, sample
 
 import jaxbn
+from jaxbn import linen
 
 
 def test_initial_statistics():
@@ -99,3 +100,62 @@ def test_statistics_keep_their_dtype(dtype, stats_dtype):
         assert y.dtype == dtype
         assert stats.mean.dtype == stats.var.dtype == stats_dtype
         assert stats.count.dtype == jnp.int32
+
+
+def batch_with(value, channels=(1,)):
+    x = sample((6, 3), 0, dtype=np.float32)
+    x[2, list(channels)] = value
+    return x
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_nonfinite_channels_can_be_skipped(value, momentum):
+    old = jaxbn.BatchStats(jnp.full(3, 2.0), jnp.full(3, 3.0), jnp.int32(4))
+    moments, clean = jaxbn.batch_moments(batch_with(value)), jaxbn.batch_moments(batch_with(0.0))
+    assert not np.isfinite(moments.var[1])
+    poisoned = jaxbn.update_batch_stats(old, moments, momentum=momentum)
+    assert not np.isfinite(poisoned.var[1])
+    expected = jaxbn.update_batch_stats(old, clean, momentum=momentum)
+    for update in (jaxbn.update_batch_stats, jax.jit(jaxbn.update_batch_stats)):
+        for skip in (True, jnp.array(True)):
+            stats = update(old, moments, momentum=momentum, skip_nonfinite=skip)
+            for name in ("mean", "var"):
+                actual, plain = getattr(stats, name), getattr(expected, name)
+                assert actual[1] == getattr(old, name)[1]
+                others = jnp.array([0, 2])
+                np.testing.assert_allclose(actual[others], plain[others], rtol=1e-6)
+            assert stats.count == 5
+        off = update(old, moments, momentum=momentum, skip_nonfinite=jnp.array(False))
+        np.testing.assert_allclose(off.var, poisoned.var, rtol=1e-6)
+
+
+def test_a_batch_that_is_skipped_everywhere_is_not_counted():
+    # Else the next batch of the cumulative average would count for less than it is.
+    moments = jaxbn.batch_moments(batch_with(np.nan, (0, 1, 2)))
+    old = jaxbn.init_batch_stats(3)
+    stats = jaxbn.update_batch_stats(old, moments, momentum=None, skip_nonfinite=True)
+    jax.tree.map(np.testing.assert_array_equal, stats, old)
+    good = jaxbn.batch_moments(batch_with(0.0))
+    stats = jaxbn.update_batch_stats(stats, good, momentum=None, skip_nonfinite=True)
+    np.testing.assert_allclose(stats.mean, good.mean, rtol=1e-6)
+
+
+def test_a_finite_batch_is_never_skipped():
+    x = sample((6, 3), 0, dtype=np.float32)
+    old = jaxbn.init_batch_stats(3)
+    for train in (True, False):
+        expected = jaxbn.batch_norm(x, old, train=train)
+        actual = jaxbn.batch_norm(x, old, train=train, skip_nonfinite=True)
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("module", [linen.BatchNorm, lambda **kw: linen.BatchNorm1d(3, **kw)])
+def test_layers_can_skip_nonfinite_channels(module):
+    x = batch_with(np.inf)
+    variables = module().init(jax.random.key(0), x, True)
+    for skip in (False, True):
+        _, updates = module(skip_nonfinite=skip).apply(variables, x, False, mutable=["batch_stats"])
+        stats = updates["batch_stats"]
+        assert np.isfinite(stats["mean"][1]) == np.isfinite(stats["var"][1]) == skip
+        assert np.isfinite(stats["mean"][jnp.array([0, 2])]).all()

@@ -201,6 +201,37 @@ def test_remat(policy):
     assert_close(actual, jax.grad(loss, (0, 1, 2))(x, scale, bias), 1e-5)
 
 
+def test_named_values_keep_one_tensor_a_layer_and_repeat_no_reduction():
+    x = sample((2, 8, 8, 4), 0, dtype=np.float32)
+    kernels = sample((3, 3, 3, 4, 4), 1, 0.0, 0.2, np.float32)
+
+    def network(x, kernels, scale):
+        for kernel in kernels:
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            x = jaxbn.batch_normalize(x, scale, activation="relu")[0]
+        return x
+
+    policy = jax.checkpoint_policies.save_only_these_names(*jaxbn.CHECKPOINT_NAMES)
+    arguments = x, kernels, np.ones(4, np.float32)
+
+    def reductions(network):
+        gradient = jax.grad(lambda *a: jnp.square(network(*a)).sum(), (1, 2))
+        return jax.jit(gradient).lower(*arguments).as_text().count("stablehlo.reduce(")
+
+    assert reductions(jax.checkpoint(network, policy=policy)) == reductions(network)
+    assert reductions(jax.checkpoint(network)) > reductions(network)
+
+    def tensors_kept(network):
+        _, pullback = jax.vjp(lambda kernels: network(x, kernels, arguments[2]), kernels)
+        return sum(leaf.shape == x.shape for leaf in jax.tree.leaves(pullback))
+
+    # The input of the network, and one tensor for each layer; plainly, two.
+    assert tensors_kept(jax.checkpoint(network, policy=policy)) == 1 + 3
+    assert tensors_kept(network) == 1 + 3 + 2
+
+
 def test_train_may_be_traced():
     x, scale, bias, dy = problem((8, 4), 1)
     stats = jaxbn.BatchStats(bias + 2, np.abs(scale) + 1, jnp.int32(3))
