@@ -5,7 +5,7 @@
 Prints four tables in Markdown: the output where means are large; every quantity at one large mean,
 with the memory traffic of the compiled modules; the variance in several forms, jaxbn's among them,
 with their cost; and the output in bfloat16 and float16. The referee is float64 NumPy on the same,
-already rounded input. An error is the largest difference over the largest magnitude that the referee finds.
+already rounded input. An error is the largest difference over the largest magnitude.
 """
 
 import functools

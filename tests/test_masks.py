@@ -152,6 +152,24 @@ def test_padding_touches_no_second_derivative_and_no_tangent(mode, value):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(padded))
 
 
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_padding_makes_no_nan_that_debug_nans_would_find(mode):
+    x, scale, bias, dy = problem((4, 3, 2), -1)
+    mask = random_mask((4, 3, 1))
+    stats = jaxbn.BatchStats(bias + 3, np.abs(scale) + 1, jnp.int32(0))
+
+    @jax.jit
+    def step(x, scale, bias):
+        y, new = jaxbn.batch_norm(
+            x, stats, scale, bias, train=mode == "train", mask=mask, activation="silu", residual=x
+        )
+        return (y * dy).sum(), (y, new)
+
+    with jax.debug_nans(True):
+        padded = filled(x, mask, np.nan)
+        jax.value_and_grad(step, (0, 1, 2), has_aux=True)(padded, scale, bias)
+
+
 def test_a_padded_batch_is_the_batch():
     x, scale, bias, dy = problem((6, 5, 4), -1, mean=50.0)
     padded_x, padded_dy = (
