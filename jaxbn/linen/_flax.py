@@ -37,8 +37,9 @@ class BatchNorm(nn.Module):
 
     It differs from Flax where Flax's numbers are wrong: the variance does not cancel under a large
     mean, no gradient flows into the statistics, one value per channel in training is an error, an
-    empty batch leaves the statistics as they were, and statistics keep their dtype, which is never
-    narrower than float32. Complex input and several channel axes are refused.
+    empty batch leaves the statistics as they were, masked entries put out zero, whatever stands
+    there, and statistics keep their dtype, which is never narrower than float32. Complex input and
+    several channel axes are refused.
 
     Attributes:
       use_running_average: whether to normalize by the running statistics (inference); given either
