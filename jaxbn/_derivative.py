@@ -136,24 +136,26 @@ def _tangent(
 ) -> tuple[jax.Array, Batch]:
     """Tangents of the output and of the batch, linear in those of the operands.
 
-        dz = k·dx + p + d·q + dresidual    with  q = (dscale − k·E[dx·x̂])·rstd
-                                                 p = dbias − k·E[dx] − delta·q
+        dz = k·dx + p + d·q + dresidual    with  q = (dscale − k·E[dx·x̂])·r
+                                                 p = dbias − k·E[dx] − delta·u·q
 
-    for `k = scale·rstd`, `d = x − shift` and `E[dx·x̂] = (E[dx·d] − delta·E[dx])·rstd`. The vectors
-    p and q are collected first so that, transposed, bias and E[dx] share the one reduction of the
-    cotangent, and scale and E[dx·x̂] the other. Both are of d, not of x̂: differences of nearby
-    floats are exact, and x̂ would be off by its rounding, alike wherever x is alike. No power of
-    rstd above the first appears but in drstd, where it is what the result is made of: rstd³ would
-    underflow.
+    for `k = scale·rstd`, `d = (x − shift)·u`, `E[dx·x̂] = (E[dx·d] − delta·u·E[dx])·r` and
+    `rstd = u·r` with u a power of two. The vectors p and q are collected first so that, transposed,
+    bias and E[dx] share the one reduction of the cotangent, and scale and E[dx·x̂] the other. Both
+    are of d, not of x̂: differences of nearby floats and powers of two are exact, and x̂ would be
+    off by its rounding, alike wherever x is alike. No power of rstd above the first appears but in
+    drstd, where it is what the result is made of: the others would underflow.
     """
     x, mask, scale, *_ = operands
     shift, delta, _, rstd, count = batch
+    unit = _power_of_two(rstd)
+    rest, delta = rstd / unit, delta * unit
     dx = where_valid(mask, directions.x).astype(rstd.dtype)
-    deviation = centered(x, mask, form.axis, shift)
+    deviation = centered(x, mask, form.axis, shift) * expand(unit, x.shape, form.axis)
     mean_dx, mean_dx_deviation = means((dx, dx * deviation), count, form.axis, form.axis_name)
-    mean_dx_normalized = (mean_dx_deviation - delta * mean_dx) * rstd
+    mean_dx_normalized = (mean_dx_deviation - delta * mean_dx) * rest
     k = scale * rstd
-    q = (directions.scale - k * mean_dx_normalized) * rstd
+    q = (directions.scale - k * mean_dx_normalized) * rest
     p = directions.bias - k * mean_dx - delta * q
     k = expand(k, x.shape, form.axis)
     p, q = (expand_tangent(v, x.shape, form.axis) for v in (p, q))
@@ -163,6 +165,11 @@ def _tangent(
     dy = where_valid(mask, _through_activation(dz, directions, operands, batch, y, form))
     dvar, drstd = 2 * mean_dx_normalized / rstd, -(rstd * mean_dx_normalized) * rstd
     return dy, Batch(jnp.zeros_like(shift), mean_dx, dvar, drstd, jnp.zeros_like(count))
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The power of two next to `x`, a constant to differentiation: no result depends on it."""
+    return jax.lax.stop_gradient(jax.lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, 0))
 
 
 def _through_activation(

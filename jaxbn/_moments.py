@@ -204,7 +204,7 @@ def _shifts(
 
     left_over = jax.lax.platform_dependent(cpu=left, default=lambda: jnp.zeros_like(left()))
     (total_left,) = across((left_over,), axis_name)
-    correction = total_left / jnp.maximum(count, 1)
+    correction = _rounded(total_left / jnp.maximum(count, 1))
     corrected = _rounded(shift + correction)
     return corrected, correction - (corrected - shift), count
 
