@@ -1,4 +1,4 @@
-"""The function that is applied to the normalized values, and its tangent."""
+"""The functions that may be applied to the normalized values."""
 
 from collections.abc import Callable
 

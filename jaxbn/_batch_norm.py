@@ -106,12 +106,6 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
         "residual": residual,
     }
 
-    update: dict[str, Any] = {
-        "momentum": momentum,
-        "unbiased": unbiased,
-        "skip_nonfinite": skip_nonfinite,
-    }
-
     def normalize_by_batch() -> tuple[jax.Array, Moments]:
         return batch_normalize(x, scale, bias, axis_name=axis_name, **options)
 
@@ -120,7 +114,9 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
 
     def in_training() -> tuple[jax.Array, BatchStats]:
         y, moments = normalize_by_batch()
-        return y, update_batch_stats(stats, moments, **update)
+        return y, update_batch_stats(
+            stats, moments, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite
+        )
 
     def in_inference() -> tuple[jax.Array, BatchStats]:
         y = normalize(x, stats.mean, stats.var, scale, bias, **options)

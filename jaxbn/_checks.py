@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._sums import AxisName
+from jaxbn._sums import AxisName, device_count
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -139,8 +139,7 @@ def check_bool(value: object, name: str) -> None:
 
 def check_values_per_channel(x: jax.Array, axis: int, axis_name: AxisName) -> None:
     """One value per channel, on all devices, has no variance to divide by."""
-    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-    if x.size == x.shape[axis] and devices == 1:
+    if x.size == x.shape[axis] and device_count(axis_name) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}"
         )
@@ -149,8 +148,7 @@ def check_values_per_channel(x: jax.Array, axis: int, axis_name: AxisName) -> No
 def checked_axis_name(axis_name: AxisName) -> AxisName:
     """`axis_name`, refused unless it is bound where this is called."""
     try:
-        if axis_name is not None:
-            jax.lax.axis_size(axis_name)
+        device_count(axis_name)
     except NameError:
         raise NameError(
             "`axis_name` must name axes of an enclosing jax.vmap, jax.pmap or jax.shard_map; got "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._checks import checked_axis_name, checked_input, checked_mask, statistics_dtype
-from jaxbn._sums import SMALL, AxisName, across, expand, means, reduced_axes, sum_over
+from jaxbn._sums import SMALL, AxisName, across, device_count, expand, means, reduced_axes, sum_over
 
 
 class Moments(NamedTuple):
@@ -187,7 +187,7 @@ def _shifts(
     """
     if mask is None:
         part = _corner(x, axis)
-        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        devices = device_count(axis_name)
         count, part_count = (
             jnp.asarray(v.size // v.shape[axis] * devices, dtype) for v in (x, part)
         )

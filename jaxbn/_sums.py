@@ -45,6 +45,11 @@ def means(
     return tuple(total / jnp.maximum(count, 1) for total in sums)
 
 
+def device_count(axis_name: AxisName) -> int:
+    """How many devices, or mapped indices, the axes have; 1 without a name."""
+    return 1 if axis_name is None else jax.lax.axis_size(axis_name)
+
+
 def across(vectors: Sequence[jax.Array], axis_name: AxisName) -> Sequence[jax.Array]:
     """Sums of vectors of one shape over all devices, in one collective."""
     if axis_name is None:

@@ -167,7 +167,8 @@ def test_padding_makes_no_nan_that_debug_nans_would_find(mode):
 
     with jax.debug_nans(True):
         padded = filled(x, mask, np.nan)
-        jax.value_and_grad(step, (0, 1, 2), has_aux=True)(padded, scale, bias)
+        results = jax.value_and_grad(step, (0, 1, 2), has_aux=True)(padded, scale, bias)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
 
 
 def test_a_padded_batch_is_the_batch():
