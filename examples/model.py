@@ -15,14 +15,27 @@ class Block(nn.Module):
     batch_norm: bool
     momentum: float
     dtype: Dtype
+    param_dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         """Images `[N, H, W, C]` to `[N, H, W, features]`."""
-        x = nn.Conv(self.features, (3, 3), use_bias=not self.batch_norm, dtype=self.dtype)(x)
+        x = nn.Conv(
+            self.features,
+            (3, 3),
+            use_bias=not self.batch_norm,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )(x)
         if self.batch_norm:
-            norm = BatchNorm2d(self.features, momentum=self.momentum, axis=-1, activation="relu")
-            return norm(x, use_running_average=not train)
+            norm = BatchNorm2d(
+                self.features,
+                momentum=self.momentum,
+                axis=-1,
+                activation="relu",
+                param_dtype=self.param_dtype,
+            )
+            return norm(x, use_running_average=not train, mask=mask)
         return nn.relu(x)
 
 
@@ -33,7 +46,7 @@ class CNN(nn.Module):
       classes: the number of classes.
       batch_norm: False leaves batch norm out, for the contrast.
       momentum: weight of the new batch in the running statistics.
-      dtype: dtype of the computation; parameters and statistics are float32.
+      dtype: dtype of the computation; parameters, statistics and logits are at least float32.
       features: the channels of each block.
     """
 
@@ -44,10 +57,11 @@ class CNN(nn.Module):
     features: tuple[int, ...] = (32, 64, 64)
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Images `[N, H, W, C]` to logits `[N, classes]` in float32."""
+    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        """Images `[N, H, W, C]` to logits `[N, classes]`; `mask` says which count: batch norm's."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
         for i, features in enumerate(self.features):
             if i and min(x.shape[1:3]) > 1:
                 x = nn.max_pool(x, (2, 2), (2, 2))
-            x = Block(features, self.batch_norm, self.momentum, self.dtype)(x, train)
-        return nn.Dense(self.classes)(x.mean((1, 2)).astype(jnp.float32))
+            x = Block(features, self.batch_norm, self.momentum, self.dtype, wide)(x, mask, train)
+        return nn.Dense(self.classes, param_dtype=wide)(x.mean((1, 2)).astype(wide))

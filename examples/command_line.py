@@ -1,0 +1,147 @@
+"""The flags of the trainer; a bad one is reported in one line."""
+
+import argparse
+import functools
+import os
+import pathlib
+import re
+from typing import Any, NoReturn
+
+import data
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad flag in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and exits with status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Any:
+    """An argparse type: a number from `low` (or above it) to `high`."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high or (above and value == low):
+            bounds = f"{'above' if above else 'at least'} {low}"
+            bounds += f" and at most {high}" if high < float("inf") else ""
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {word} {bounds}; got {text!r}")
+        return value
+
+    return convert
+
+
+def picture_path(text: str) -> pathlib.Path:
+    """An argparse type: a .png file in a folder that exists."""
+    path = pathlib.Path(text)
+    if path.suffix != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png; got {text!r}")
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in an existing folder; got {text!r}")
+    return path
+
+
+def address(text: str) -> str:
+    """An argparse type: HOST:PORT."""
+    match = re.fullmatch(r"(?:\[[^\]\s]+\]|[^:\s]+):(\d{1,5})", text)
+    if not match or not 0 < int(match[1]) < 2**16:
+        raise argparse.ArgumentTypeError(f"must be HOST:PORT; got {text!r}")
+    return text
+
+
+def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = Parser(prog="train_cnn.py", description=description)
+    add = functools.partial(parser.add_argument, metavar="N")
+    add("--epochs", type=number(int, 1), default=30, help="passes over the data (%(default)s)")
+    add("--batch-size", type=number(int, 2), default=64, help="images per step (%(default)s)")
+    add(
+        "--learning-rate",
+        type=number(float, 0, 1e3, above=True),
+        default=3e-3,
+        help="the highest of the schedule (%(default)s)",
+    )
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="random seed (%(default)s)")
+    add(
+        "--momentum",
+        type=number(float, 0, 1),
+        default=0.1,
+        help="weight of the new batch in the running statistics, as in torch (%(default)s)",
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--no-batch-norm", action="store_true", help="leave batch norm out")
+    parser.add_argument(
+        "--data",
+        type=pathlib.Path,
+        default=data.DIGITS,
+        metavar="FILE.npz",
+        help=f"images and labels: {', '.join(data.KEYS)} (the digits that come along)",
+    )
+    parser.add_argument("--plot", type=picture_path, metavar="FILE.png", help="draw the history")
+    add_processes(parser)
+    flags = parser.parse_args(arguments)
+    check_processes(parser, flags)
+    return flags
+
+
+def add_processes(parser: Parser) -> None:
+    """The flags of several processes; argparse converts what the environment has like a flag."""
+    group = parser.add_argument_group(
+        "several processes", "each gets the same flags, but its own id"
+    )
+    group.add_argument(
+        "--coordinator",
+        type=address,
+        default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        metavar="HOST:PORT",
+        help="where process 0 is to be reached (JAX_COORDINATOR_ADDRESS)",
+    )
+    group.add_argument(
+        "--processes",
+        type=number(int, 1),
+        default=os.environ.get("JAX_NUM_PROCESSES"),
+        metavar="N",
+        help="how many there are (JAX_NUM_PROCESSES)",
+    )
+    group.add_argument(
+        "--process-id",
+        type=number(int, 0),
+        default=os.environ.get("JAX_PROCESS_ID"),
+        metavar="N",
+        help="which of them this is, from 0, which prints and writes (JAX_PROCESS_ID)",
+    )
+    group.add_argument(
+        "--cluster",
+        action="store_true",
+        help="get these three from SLURM, Open MPI, Kubernetes or the TPU pod",
+    )
+    group.add_argument(
+        "--timeout",
+        type=number(int, 1),
+        metavar="SECONDS",
+        help="end when another process is missing, dead or silent for so long (100)",
+    )
+
+
+def check_processes(parser: Parser, flags: argparse.Namespace) -> None:
+    """Refuses flags of several processes that do not go together."""
+    three = {
+        "--coordinator": flags.coordinator,
+        "--processes": flags.processes,
+        "--process-id": flags.process_id,
+    }
+    missing = [name for name, value in three.items() if value is None]
+    if not flags.cluster:
+        if 0 < len(missing) < len(three):
+            parser.error(f"{', '.join(three)} go together; {' and '.join(missing)} is missing")
+        if missing and flags.timeout is not None:
+            parser.error(f"--timeout is for several processes; {', '.join(three)} are missing")
+    if None not in (flags.processes, flags.process_id) and flags.process_id >= flags.processes:
+        parser.error(
+            f"--process-id must be below --processes {flags.processes}; got {flags.process_id}"
+        )

@@ -1,0 +1,115 @@
+"""Several processes as one run: they join, and when one is lost the others end with the reason.
+
+A lost process is noticed by JAX's heartbeat, in C++, which then aborts the others: in a collective
+that waits for ever nothing in Python could. The reason is therefore given by a witness, a small
+process that waits for the end of this one.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from typing import NoReturn
+
+import data
+import jax
+import numpy as np
+from batches import spread
+from jax.sharding import NamedSharding, PartitionSpec
+
+TIMEOUT = 100  # seconds
+PERSONAL = ("coordinator", "cluster", "process_id", "timeout", "data", "plot")
+DONE = "done"
+# Prints what it is told, or else its argument, unless it is told that all went well.
+WITNESS = f"import sys; told = sys.stdin.read(); told == '{DONE}' or sys.exit(told or sys.argv[1])"
+
+
+class Witness:
+    """Gives the reason on standard error when this process ends before `dismiss`."""
+
+    def __init__(self, prefix: str, last_words: str) -> None:
+        """`last_words` are the reason where this process cannot give another."""
+        self.prefix = prefix
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WITNESS, f"{prefix}: {last_words}"],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+
+    def abandon(self, reason: str) -> NoReturn:
+        """Ends this process now: JAX's own way to end would wait for the others."""
+        self.process.communicate(f"{self.prefix}: {reason}")
+        os._exit(1)
+
+    def dismiss(self) -> None:
+        """All went well."""
+        self.process.communicate(DONE)
+
+
+@contextlib.contextmanager
+def joined(flags: argparse.Namespace, prefix: str) -> Iterator[None]:
+    """Runs the block as one of several processes, which also leave it together.
+
+    Where another does not come, dies or is silent for `flags.timeout` seconds, this process ends
+    with a line on standard error, begun by `prefix`, and a status other than 0.
+    """
+    timeout = flags.timeout or TIMEOUT
+    witness = Witness(
+        prefix,
+        "this process was killed, or aborted by JAX because another process of the run died or is "
+        "out of reach; start all of them again",
+    )
+    missing = f"not all processes of the run could be reached within {timeout} seconds"
+    late = threading.Timer(timeout, witness.abandon, [missing])
+    late.start()
+    try:
+        _initialize(flags, timeout)
+    except Exception as error:
+        witness.abandon(f"the processes cannot be joined: {_first_line(error)}")
+    late.cancel()
+    try:
+        yield
+        jax.distributed.shutdown()
+    except jax.errors.JaxRuntimeError as error:
+        witness.abandon(
+            f"a computation failed, likely for the loss of another process: {_first_line(error)}"
+        )
+    except BaseException:
+        traceback.print_exc()
+        witness.abandon("this process failed, and so do the others")
+    witness.dismiss()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _initialize(flags: argparse.Namespace, timeout: int) -> None:
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    jax.distributed.initialize(
+        flags.coordinator,
+        flags.processes,
+        flags.process_id,
+        cluster_detection_method=None if flags.cluster else "deactivate",
+        initialization_timeout=2 * timeout,  # the caller is faster, and says why
+        heartbeat_timeout_seconds=timeout,
+        shutdown_timeout_seconds=timeout,
+    )
+
+
+def agree(flags: argparse.Namespace, dataset: data.Dataset, sharding: NamedSharding) -> bool:
+    """Whether all processes have the same flags, as far as they matter, and the same data."""
+    flags_that_matter = {k: v for k, v in vars(flags).items() if k not in PERSONAL}
+    digest = hashlib.sha256(repr(flags_that_matter).encode())
+    for array in dataset:
+        digest.update(np.ascontiguousarray(array).data)
+    row = np.frombuffer(digest.digest(), np.uint8)[None]
+    rows = spread(row, np.zeros(sharding.num_devices, int), sharding)
+    same = jax.jit(lambda rows: (rows == rows[0]).all(), out_shardings=PartitionSpec())
+    return bool(same(rows))
