@@ -11,6 +11,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Iterator
@@ -71,7 +72,8 @@ def joined(flags: argparse.Namespace, prefix: str) -> Iterator[None]:
     try:
         _initialize(flags, timeout)
     except Exception as error:
-        witness.abandon(f"the processes cannot be joined: {_first_line(error)}")
+        fix = "; give --coordinator, --processes and --process-id" if flags.cluster else ""
+        witness.abandon(f"the processes cannot be joined: {_first_line(error)}{fix}")
     late.cancel()
     try:
         yield
@@ -87,7 +89,7 @@ def joined(flags: argparse.Namespace, prefix: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return textwrap.shorten(str(error).partition("\n")[0].rstrip("."), 200)
 
 
 def _initialize(flags: argparse.Namespace, timeout: int) -> None:

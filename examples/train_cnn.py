@@ -115,20 +115,15 @@ def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
 
 
 def train(
+    model: CNN,
     flags: argparse.Namespace,
     dataset: data.Dataset,
     test: Batch,
     sharding: NamedSharding,
     console: Console,
-) -> tuple[CNN, Variables, list[figures.Epoch]]:
-    """Trains, printing a line for each epoch: the model, its variables and the history."""
+) -> tuple[Variables, list[figures.Epoch]]:
+    """Trains, printing a line for each epoch: the variables of the model and the history."""
     x, y = dataset.x_train, dataset.y_train
-    model = CNN(
-        dataset.classes,
-        batch_norm=not flags.no_batch_norm,
-        momentum=flags.momentum,
-        dtype=jnp.dtype(flags.dtype),
-    )
     steps = -(-len(x) // flags.batch_size)
     tx = optimizer(flags.learning_rate, flags.epochs * steps)
     state = initial_state(flags.seed, x.shape[1:], model=model, tx=tx)
@@ -151,7 +146,7 @@ def train(
             history.append(record(training, testing, state.variables, dataset))
             seconds = time.perf_counter() - start
             console.print(f"{epoch:5d}{history[-1]}{seconds:9.2f}", highlight=False)
-    return model, state.variables, history
+    return state.variables, history
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "model", "tx"), out_shardings=REPLICATED)
@@ -189,6 +184,12 @@ def summarize(model: CNN, variables: Variables, test: Batch, images: int, consol
         console.print("without batch norm both modes are the same")
 
 
+def statistics(model: CNN, images: jax.Array) -> Any:
+    """What training on nothing but these images would make of the running statistics."""
+    variables = model.init(jax.random.key(0), images, train=False)
+    return model.apply(variables, images, train=True, mutable=["batch_stats"])[1]
+
+
 def fail(reason: object) -> int:
     """Says in one line why there is no result."""
     print(f"{PREFIX}: {reason}", file=sys.stderr)
@@ -218,6 +219,17 @@ def run(flags: argparse.Namespace, dataset: data.Dataset, sharding: NamedShardin
     console = Console(quiet=not first)
     if jax.process_count() > 1 and not processes.agree(flags, dataset, sharding):
         return fail("the processes have different flags or data; start them all with the same")
+    model = CNN(
+        dataset.classes,
+        batch_norm=not flags.no_batch_norm,
+        momentum=flags.momentum,
+        dtype=jnp.dtype(flags.dtype),
+    )
+    if len(dataset.x_train) % flags.batch_size == 1:
+        try:
+            jax.eval_shape(lambda image: statistics(model, image), dataset.x_train[:1])
+        except ValueError as error:
+            return fail(f"--batch-size {flags.batch_size} leaves one image over: {error}")
     device = jax.devices()[0]
     console.print(
         f"{len(dataset.x_train)} training and {len(dataset.x_test)} test images of "
@@ -226,7 +238,7 @@ def run(flags: argparse.Namespace, dataset: data.Dataset, sharding: NamedShardin
     )
     images = len(dataset.x_test)
     test = next(batches(dataset.x_test, dataset.y_test, np.arange(images), images, sharding))
-    model, variables, history = train(flags, dataset, test, sharding, console)
+    variables, history = train(model, flags, dataset, test, sharding, console)
     summarize(model, variables, test, images, console)
     if flags.plot and first:
         try:
