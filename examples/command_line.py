@@ -138,7 +138,7 @@ def check_processes(parser: Parser, flags: argparse.Namespace) -> None:
     missing = [name for name, value in three.items() if value is None]
     if not flags.cluster:
         if 0 < len(missing) < len(three):
-            parser.error(f"{', '.join(three)} go together; {' and '.join(missing)} is missing")
+            parser.error(f"{', '.join(three)} go together; missing: {', '.join(missing)}")
         if missing and flags.timeout is not None:
             parser.error(f"--timeout is for several processes; {', '.join(three)} are missing")
     if None not in (flags.processes, flags.process_id) and flags.process_id >= flags.processes:

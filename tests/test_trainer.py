@@ -1,5 +1,6 @@
 """The example trainer, as a newcomer runs it."""
 
+import contextlib
 import io
 import pathlib
 import re
@@ -11,6 +12,11 @@ import jax
 import numpy as np
 import pytest
 import train_cnn
+import training
+from batches import Batch, batches
+from command_line import parse
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from model import CNN
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +95,15 @@ FLAGS = {
     "--data nowhere.npz": "nowhere.npz: no such file",
     "--plot history.jpg": "--plot: must end in .png; got 'history.jpg'",
     "--plot nowhere/history.png": "--plot: must be a file in an existing folder",
+    "--coordinator nowhere": "--coordinator: must be HOST:PORT; got 'nowhere'",
+    "--coordinator host:0": "--coordinator: must be HOST:PORT; got 'host:0'",
+    "--coordinator host:1": "go together; missing: --processes, --process-id",
+    "--processes 2 --process-id 0": "go together; missing: --coordinator",
+    "--processes 0": "--processes: must be a whole number at least 1; got '0'",
+    "--process-id -1": "--process-id: must be a whole number at least 0; got '-1'",
+    "--coordinator host:1 --processes 2 --process-id 2": "must be below --processes 2; got 2",
+    "--timeout 0": "--timeout: must be a whole number at least 1; got '0'",
+    "--timeout 9": "--timeout is for several processes",
     "--no-such-flag": "unrecognized arguments: --no-such-flag",
 }
 
@@ -105,6 +120,123 @@ def test_bad_flags_give_one_line(flags, capsys):
     assert captured.err.startswith("train_cnn.py: error: ")
     assert captured.err.count("\n") == 1
     assert FLAGS[flags] in captured.err
+
+
+def test_the_environment_stands_for_flags(monkeypatch, capsys):
+    assert parse("", []).coordinator is None
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "[::1]:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    flags = parse("", ["--process-id", "1"])
+    assert (flags.coordinator, flags.processes, flags.process_id) == ("[::1]:1234", 3, 1)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(SystemExit):
+        parse("", [])
+    assert "--processes: must be a whole number at least 1; got 'two'" in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def spread_over(devices):
+    """Makes this many devices the mesh; gives the sharding of a batch."""
+    types, chosen = (AxisType.Auto,), jax.devices()[:devices]
+    mesh = jax.make_mesh((devices,), ("batch",), axis_types=types, devices=chosen)
+    with jax.set_mesh(mesh):
+        yield NamedSharding(mesh, PartitionSpec("batch"))
+
+
+def images(train, test=20, size=6):
+    """Images of three classes, told apart by a diagonal."""
+    y = np.arange(train + test) % 3
+    x = np.random.RandomState(0).normal(size=(train + test, size, size, 1))
+    x += y[:, None, None, None] * np.eye(size)[..., None]
+    x, y = x.astype(np.float32), y.astype(np.int32)
+    return data.Dataset(x[:train], y[:train], x[train:], y[train:])
+
+
+DEVICES = sorted({1, 3, jax.device_count()})
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("size", [2, 26, 99, 100])
+def test_batches_hold_every_sample_once(devices, size):
+    order = np.random.RandomState(0).permutation(100)
+    labels = np.arange(100)
+    pictures = np.repeat(labels, 12).reshape(100, 2, 3, 2)
+    with spread_over(devices) as sharding:
+        made = list(batches(pictures, labels, order, size, sharding))
+    assert {batch.labels.shape[0] for batch in made} == {-(-size // devices) * devices}
+    assert all(batch.mask.sum() <= size for batch in made)
+    seen = np.concatenate([np.asarray(batch.labels)[np.asarray(batch.mask)] for batch in made])
+    np.testing.assert_array_equal(seen, order)
+    for batch in made:
+        assert batch.images.sharding.num_devices == devices
+        np.testing.assert_array_equal(batch.images, pictures[np.asarray(batch.labels)])
+
+
+def test_padding_changes_nothing(x64):
+    """A step and an evaluation on 5 samples, in a batch of 5 and in one of 16 over devices."""
+    dataset = images(5)
+    model = CNN(3, dtype=np.dtype("float64"), features=(8, 8))
+    tx = train_cnn.optimizer(1e-2, 1)
+    results = []
+    for devices, size in ((1, 5), (jax.device_count(), 16)):
+        with spread_over(devices) as sharding:
+            (batch,) = batches(dataset.x_train, dataset.y_train, np.arange(5), size, sharding)
+            state = train_cnn.initial_state(0, (6, 6, 1), model=model, tx=tx)
+            state, metrics = train_cnn.train_step(state, batch, model=model, tx=tx)
+            tests = [
+                train_cnn.evaluate(state.variables, batch, model=model, by_batch=by_batch)
+                for by_batch in (False, True)
+            ]
+        state = state._replace(key=jax.random.key_data(state.key))
+        results.append(jax.device_get((state, metrics, tests)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *results)
+
+
+def test_loss_and_hits_are_those_of_the_samples_that_count():
+    logits = np.array([[2.0, 0.0], [0.0, 1.0], [9.0, 0.0]])
+    batch = Batch(None, np.array([0, 0, 1]), np.array([True, True, False]))
+    loss, hits = train_cnn.loss_and_hits(logits, batch)
+    assert loss == pytest.approx(np.log1p(np.exp(-2)) + np.log1p(np.exp(1)))
+    assert hits == 1
+
+
+def test_metrics_are_means_over_the_samples():
+    epoch = train_cnn.record([(6.0, 3), (1.0, 0)], (4.0, 1), {}, images(5, test=2))
+    assert epoch[:4] == (7 / 5, 3 / 5, 4 / 2, 1 / 2)
+
+
+@pytest.mark.parametrize("devices", DEVICES[1:])
+def test_devices_do_not_change_the_result(devices, monkeypatch, x64):
+    flags = parse("", ["--epochs", "4", "--batch-size", "26"])
+    results = []
+    for count in (1, devices):
+        with monkeypatch.context() as patched, spread_over(count) as sharding:
+            result = training.keep(patched.setattr, "float64")
+            assert train_cnn.run(flags, images(100), sharding) == 0
+        results.append(result)
+    one, several = results
+    assert one["batch_stats/Block_0/BatchNorm2d_0/count"] == 16
+    for name in one:
+        np.testing.assert_allclose(several[name], one[name], rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+def test_one_image_left_over(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "images.npz"
+    flags = ["--data", str(path), "--epochs", "1", "--batch-size", "16"]
+    np.savez(path, **images(33, size=8)._asdict())
+    result = training.keep(monkeypatch.setattr)
+    assert train_cnn.main(flags) == 0
+    assert result["batch_stats/Block_1/BatchNorm2d_0/count"] == 3
+    assert all(np.isfinite(value).all() for value in result.values())
+    np.savez(path, **images(33, size=2)._asdict())
+    capsys.readouterr()
+    assert train_cnn.main(flags) == 1
+    assert train_cnn.main([*flags, "--no-batch-norm"]) == 0
+    assert capsys.readouterr().err == (
+        "train_cnn.py: error: --batch-size 16 leaves one image over: Expected more than 1 value "
+        "per channel when training, got input size (1, 1, 1, 8)\n"
+    )
 
 
 X = np.arange(6 * 4 * 4).reshape(6, 4, 4)
