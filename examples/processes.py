@@ -84,12 +84,13 @@ def joined(flags: argparse.Namespace, prefix: str) -> Iterator[None]:
         )
     except BaseException:
         traceback.print_exc()
-        witness.abandon("this process failed, and so do the others")
+        witness.abandon("this process failed, as said above; the others end too")
     witness.dismiss()
 
 
 def _first_line(error: Exception) -> str:
-    return textwrap.shorten(str(error).partition("\n")[0].rstrip("."), 200)
+    line = str(error).partition("\n")[0].replace("Error dispatching computation: ", "")
+    return textwrap.shorten(line.rstrip("."), 200)
 
 
 def _initialize(flags: argparse.Namespace, timeout: int) -> None:

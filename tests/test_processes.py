@@ -121,11 +121,23 @@ def test_death_of_one_ends_the_other(victim, run, images):
     time.sleep(delay)
     assert [process.poll() for process in processes] == [None, None], run.reasons(0)
     processes[victim].send_signal(signal.SIGKILL)
-    status = processes[1 - victim].wait(START + TIMEOUT)
-    assert status != 0
+    assert processes[1 - victim].wait(START + TIMEOUT) != 0
     (reason,) = run.reasons(1 - victim)
     assert reason.startswith("train_cnn.py: error: ")
     assert re.search(LOSS, reason)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_silence_of_one_ends_the_other(victim, run, images):
+    processes = [run.join(i, "--data", str(images), "--epochs", "100000") for i in range(2)]
+    deadline = time.monotonic() + PATIENCE
+    while "%" not in run.output(0):
+        assert time.monotonic() < deadline, run.error(0).read_text()
+        time.sleep(0.1)
+    processes[victim].send_signal(signal.SIGSTOP)  # its connections stay open
+    assert processes[1 - victim].wait(2 * TIMEOUT) != 0
+    (reason,) = run.reasons(1 - victim)
+    assert "another process of the run died or is out of reach" in reason
 
 
 @pytest.mark.parametrize("present", [0, 1])

@@ -194,7 +194,7 @@ def test_padding_changes_nothing(x64):
 
 
 def test_loss_and_hits_are_those_of_the_samples_that_count():
-    logits = np.array([[2.0, 0.0], [0.0, 1.0], [9.0, 0.0]])
+    logits = np.array([[2.0, 0.0], [0.0, 1.0], [0.0, 9.0]])  # the last is right, and padding
     batch = Batch(None, np.array([0, 0, 1]), np.array([True, True, False]))
     loss, hits = train_cnn.loss_and_hits(logits, batch)
     assert loss == pytest.approx(np.log1p(np.exp(-2)) + np.log1p(np.exp(1)))
