@@ -8,6 +8,7 @@ import re
 from typing import Any, NoReturn
 
 import data
+from processes import TIMEOUT
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,7 +125,7 @@ def add_processes(parser: Parser) -> None:
         "--timeout",
         type=number(int, 1),
         metavar="SECONDS",
-        help="end when another process is missing, dead or silent for so long (100)",
+        help=f"end when another process is missing, dead or silent for so long ({TIMEOUT})",
     )
 
 
