@@ -1,16 +1,16 @@
 """Batch norm whole: normalize, and keep the running statistics."""
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._activation import Activation
 from jaxbn._checks import check_bool, check_momentum
+from jaxbn._devices import AxisIndexGroups, AxisName, spread
 from jaxbn._moments import Moments
 from jaxbn._normalize import batch_normalize, normalize
 from jaxbn._stats import BatchStats, checked_stats, update_batch_stats
-from jaxbn._sums import AxisName
 
 Stats = TypeVar("Stats", BatchStats, None, BatchStats | None)
 
@@ -28,6 +28,9 @@ def batch_norm(
     epsilon: float = 1e-5,
     dtype: DTypeLike | None = None,
     axis_name: AxisName = None,
+    axis_index_groups: AxisIndexGroups = None,
+    num_groups: int = 1,
+    virtual_batch_size: int | None = None,
     mask: ArrayLike | None = None,
     activation: str | Activation | None = None,
     residual: ArrayLike | None = None,
@@ -48,8 +51,7 @@ def batch_norm(
       scale: γ, shape `[C]`; None means 1.
       bias: β, shape `[C]`; None means 0.
       train: True for training mode. A traced bool compiles both modes under `jax.lax.cond`, so `x`
-        must then be fit for training. (Inside `jax.shard_map` with `check_vma=True` the mode must
-        be a Python bool.)
+        must then be fit for training.
       momentum: weight of the new batch, in [0, 1]; None for the cumulative average.
       unbiased: whether the running variance is the unbiased one; the output never depends on it.
       axis: the channel axis of `x`: 1 for torch's layouts, -1 for channels last.
@@ -57,6 +59,12 @@ def batch_norm(
       dtype: the dtype of `y`; None for that of `x`.
       axis_name: name of a mapped axis, or a tuple of names, of `jax.vmap`, `jax.pmap` or
         `jax.shard_map`: the batch is the one on all its devices.
+      axis_index_groups: splits the indices along the one axis into groups of the same size, each of
+        which has a batch of its own, for example `[[0, 1], [2, 3]]`.
+      num_groups: splits the samples (on one device, where an axis is named) into so many groups of
+        neighbours, each normalized by itself: ghost batch norm. The running statistics take the
+        merged moments.
+      virtual_batch_size: the same by the number of samples in a group.
       mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere, NaN and
         infinity included, reaches no result and no derivative; the output there is zero.
       activation: applied to the output in the same pass: None, "relu", "leaky_relu", "silu", "gelu"
@@ -76,6 +84,7 @@ def batch_norm(
       ValueError: there is one value per channel in training, a shape does not fit, `epsilon` or
         `momentum` is out of range; as `normalize`.
       NameError: `axis_name` is not bound, in training.
+      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -107,7 +116,16 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
     }
 
     def normalize_by_batch() -> tuple[jax.Array, Moments]:
-        return batch_normalize(x, scale, bias, axis_name=axis_name, **options)
+        return batch_normalize(
+            x,
+            scale,
+            bias,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            num_groups=num_groups,
+            virtual_batch_size=virtual_batch_size,
+            **options,
+        )
 
     if stats is None:
         return normalize_by_batch()[0], None
@@ -122,7 +140,12 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
         y = normalize(x, stats.mean, stats.var, scale, bias, **options)
         return y, jax.lax.stop_gradient(stats)
 
+    def in_inference_alike() -> tuple[jax.Array, BatchStats]:
+        # In `jax.shard_map` the statistics of one device's batch differ from those of the next.
+        outputs = jax.tree.map(spread, in_inference(), jax.eval_shape(in_training))
+        return cast(tuple[jax.Array, BatchStats], outputs)
+
     if isinstance(train, jax.core.Tracer):
-        y, stats = jax.lax.cond(train, in_training, in_inference)
+        y, stats = jax.lax.cond(train, in_training, in_inference_alike)
         return y, stats
     return in_training() if train else in_inference()

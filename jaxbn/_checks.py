@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._sums import AxisName, device_count
+from jaxbn._devices import Devices, placed_like
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -137,29 +137,16 @@ def check_bool(value: object, name: str) -> None:
         raise TypeError(f"`{name}` must be True, False or a traced bool; got {value!r}.")
 
 
-def check_values_per_channel(x: jax.Array, axis: int, axis_name: AxisName) -> None:
+def check_values_per_channel(x: jax.Array, axis: int, devices: Devices) -> None:
     """One value per channel, on all devices, has no variance to divide by."""
-    if x.size == x.shape[axis] and device_count(axis_name) == 1:
+    if x.size == x.shape[axis] and devices.size == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}"
         )
 
 
-def checked_axis_name(axis_name: AxisName) -> AxisName:
-    """`axis_name`, refused unless it is bound where this is called."""
-    try:
-        device_count(axis_name)
-    except NameError:
-        raise NameError(
-            "`axis_name` must name axes of an enclosing jax.vmap, jax.pmap or jax.shard_map; got "
-            f"{axis_name!r}, which is not bound here. Outside of them leave it at None: under "
-            "jax.jit the batch is the global one."
-        ) from None
-    return axis_name
-
-
 def checked_mask(mask: ArrayLike | None, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """`x`, and `mask` as bools with as many dimensions as `x`.
+    """`x`, and `mask` as bools with as many dimensions as `x`, on the same devices.
 
     Numbers other than 0 and 1 are refused where they are known. Where they are traced, the values
     of `x` that they belong to become NaN.
@@ -170,7 +157,7 @@ def checked_mask(mask: ArrayLike | None, x: jax.Array) -> tuple[jax.Array, jax.A
     if jnp.issubdtype(mask.dtype, jnp.complexfloating):
         raise TypeError(f"`mask` must be bool, or hold 0 and 1 as real numbers; got {mask.dtype}.")
     _check_mask_shape(mask.shape, x.shape)
-    mask = jnp.expand_dims(mask, range(x.ndim - mask.ndim))
+    mask = placed_like(jnp.expand_dims(mask, range(x.ndim - mask.ndim)), x)
     if mask.dtype == bool:
         return x, mask
     valid, proper = mask != 0, (mask == 0) | (mask == 1)
@@ -216,11 +203,4 @@ def checked_residual(
             f"`residual` must have the dtype of the output, {dtype}; got {residual.dtype}. "
             f"Use residual.astype(jnp.{dtype})."
         )
-    return residual
-
-
-def check_implemented(**arguments: object) -> None:
-    """Refuses arguments whose names are reserved but whose meaning is not there yet."""
-    for name, value in arguments.items():
-        if value is not None:
-            raise NotImplementedError(f"`{name}` is not implemented yet; leave it at None.")
+    return placed_like(residual, x)

@@ -10,8 +10,14 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._activation import PIECEWISE_LINEAR, Activation
-from jaxbn._moments import centered, shifted_moments, where_valid
-from jaxbn._sums import AxisName, expand, expand_tangent, means
+from jaxbn._devices import Devices, spread
+from jaxbn._shifted import (
+    centered,
+    mean_and_covariance,
+    shifted_moments,
+    where_valid,
+)
+from jaxbn._sums import expand, expand_tangent
 
 # For the policies of `jax.checkpoint`: with these kept, a layer is made again without reductions.
 INPUT, MEAN, RSTD = CHECKPOINT_NAMES = ("jaxbn.input", "jaxbn.mean", "jaxbn.rstd")
@@ -22,7 +28,7 @@ class Form(NamedTuple):
     """What is known when the function is traced."""
 
     axis: int
-    axis_name: AxisName
+    devices: Devices
     epsilon: float
     dtype: np.dtype[Any]  # of the output
     activation: Activation | None
@@ -94,7 +100,7 @@ def _normalized(operands: Operands, batch: Batch, form: Form) -> jax.Array:
 def normalize_by_batch(operands: Operands, form: Form) -> tuple[jax.Array, Batch]:
     """Batch norm in training mode."""
     x, mask, scale, _, _, constants = operands
-    shift, delta, var, count = shifted_moments(x, mask, form.axis, form.axis_name, scale.dtype)
+    shift, delta, var, count = shifted_moments(x, mask, form.axis, form.devices, scale.dtype)
     batch = Batch(shift, delta, var, jax.lax.rsqrt(var + form.epsilon), count)
     return activated(_normalized(operands, batch, form), mask, constants, form), batch
 
@@ -152,13 +158,13 @@ def _tangent(
     rest, delta = rstd / unit, delta * unit
     dx = where_valid(mask, directions.x).astype(rstd.dtype)
     deviation = centered(x, mask, form.axis, shift) * expand(unit, x.shape, form.axis)
-    mean_dx, mean_dx_deviation = means((dx, dx * deviation), count, form.axis, form.axis_name)
-    mean_dx_normalized = (mean_dx_deviation - delta * mean_dx) * rest
+    mean_dx, covariance = mean_and_covariance(dx, deviation, delta, count, form.axis, form.devices)
+    mean_dx_normalized = covariance * rest
     k = scale * rstd
     q = (directions.scale - k * mean_dx_normalized) * rest
     p = directions.bias - k * mean_dx - delta * q
     k = expand(k, x.shape, form.axis)
-    p, q = (expand_tangent(v, x.shape, form.axis) for v in (p, q))
+    p, q = (expand_tangent(v, x.shape, form.axis) for v in spread(jnp.stack([p, q]), dx))
     dz = k * dx + p + deviation * q
     if directions.residual is not None:
         dz = dz + directions.residual.astype(dz.dtype)

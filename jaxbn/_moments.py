@@ -1,16 +1,15 @@
-"""Moments of a set of samples, computed without cancellation and merged exactly."""
+"""Moments of a set of samples, and the merge that makes them a monoid."""
 
-import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.export
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from jaxbn._checks import checked_axis_name, checked_input, checked_mask, statistics_dtype
-from jaxbn._sums import SMALL, AxisName, across, device_count, expand, means, reduced_axes, sum_over
+from jaxbn._checks import checked_input, checked_mask, statistics_dtype
+from jaxbn._devices import AxisIndexGroups, AxisName, checked_devices
+from jaxbn._shifted import Shifted, added, merged, shifted_moments
 
 
 class Moments(NamedTuple):
@@ -45,6 +44,7 @@ def batch_moments(
     *,
     axis: int = -1,
     axis_name: AxisName = None,
+    axis_index_groups: AxisIndexGroups = None,
     mask: ArrayLike | None = None,
 ) -> Moments:
     """Mean and biased variance of `x` over every axis but the channel axis.
@@ -61,6 +61,8 @@ def batch_moments(
       axis: the channel axis of `x`.
       axis_name: name of a mapped axis, or a tuple of names, of `jax.vmap`, `jax.pmap` or
         `jax.shard_map`: the moments are those of the samples on all its devices.
+      axis_index_groups: splits the indices along the one axis into groups of the same size: each
+        index gets the moments of its own group, for example `[[0, 1], [2, 3]]`.
       mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere, NaN and
         infinity included, is not looked at.
 
@@ -73,6 +75,7 @@ def batch_moments(
       ValueError: `axis` is out of range, `x` has no channels, `mask` does not broadcast to the
         shape of `x` or holds other values than 0 and 1 (NaN results where it is traced).
       NameError: `axis_name` is not bound.
+      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -91,18 +94,14 @@ def batch_moments(
     """
     x, axis = checked_input(x, axis)
     x, mask = checked_mask(mask, x)
-    axis_name = checked_axis_name(axis_name)
-    dtype = statistics_dtype(x.dtype)
-    shift, delta, var, count = shifted_moments(x, mask, axis, axis_name, dtype)
-    return Moments(shift + delta, var, count)
+    devices = checked_devices(axis_name, axis_index_groups)
+    return unshifted(shifted_moments(x, mask, axis, devices, statistics_dtype(x.dtype)))
 
 
 def merge_moments(first: Moments, *others: Moments) -> Moments:
     """Moments of the union of disjoint sets, from the moments of each.
 
-    For two sets a and b, with `n = n_a + n_b`, `w = n_b / n` and `δ = mean_b − mean_a`:
-
-        mean = mean_a + w·δ        var = (1 − w)·var_a + w·var_b + w·(1 − w)·δ²
+        mean = Σ w·mean_i      var = Σ w·(var_i + (mean_i − mean)²)      with  w = n_i / Σ n_i
 
     Args:
       first: moments with `mean` and `var` of shape `[C]`.
@@ -131,120 +130,12 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
             "Merged moments must describe the same channels; got vectors of the shapes "
             f"{', '.join(map(str, sorted(shapes)))}."
         )
-    return functools.reduce(_merge_two, others, first)
+    sets = (first, *others)
+    counts = jnp.broadcast_arrays(*(moments.count for moments in sets))
+    mean, var = (jnp.stack(v) for v in zip(*(moments[:2] for moments in sets), strict=True))
+    return unshifted(merged(Shifted(mean, jnp.zeros_like(mean), var, jnp.stack(counts)), added))
 
 
-def _merge_two(a: Moments, b: Moments) -> Moments:
-    count = a.count + b.count
-    weight = b.count / jnp.where(count > 0, count, 1)
-    delta = b.mean - a.mean
-    between = weight * (1 - weight) * jnp.square(delta)
-    var = (1 - weight) * a.var + weight * b.var + between
-    return Moments(a.mean + weight * delta, var, count)
-
-
-def shifted_moments(
-    x: jax.Array, mask: jax.Array | None, axis: int, axis_name: AxisName, dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """`(shift, delta, var, count)` with `mean = shift + delta`, in `dtype`.
-
-    The parts of the mean are kept apart: their sum would round `delta` away where the mean is
-    large, and with it the exactness of `x − shift − delta`. The shift is a constant to
-    differentiation: mean and variance do not depend on it, so their derivatives of every order are
-    right without it.
-    """
-    shift, missing, count = _shifts(jax.lax.stop_gradient(x), mask, axis, axis_name, dtype)
-    deviation = centered(x, mask, axis, shift)
-    square = jnp.square(centered(x, mask, axis, shift, missing))
-    delta, mean_square = means((deviation, square), count, axis, axis_name)
-    var = mean_square - jnp.square(delta - missing)
-    # Rounding may leave a constant channel just below zero; the derivative is that of `var`.
-    var = var + jax.lax.stop_gradient(jnp.maximum(-var, 0))
-    return shift, delta, var, count
-
-
-def centered(x: jax.Array, mask: jax.Array | None, axis: int, *shifts: jax.Array) -> jax.Array:
-    """`x` less each of the shifts, in their dtype; zero where masked, whatever stands there."""
-    deviation = x.astype(shifts[0].dtype)
-    for shift in shifts:
-        deviation = deviation - expand(shift, x.shape, axis)
-    return where_valid(mask, deviation)
-
-
-def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:
-    """`x`, and zero where masked."""
-    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
-
-
-def _shifts(
-    x: jax.Array, mask: jax.Array | None, axis: int, axis_name: AxisName, dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """An estimate of the mean, what is known to be missing from it, and each channel's count.
-
-    On a CPU the estimate is corrected by the mean of what it leaves, and what its rounding loses of
-    that is missing. This costs a pass over `x`, which a GPU or TPU, held up by memory, cannot
-    afford; there the estimate stands, and nothing is known to be missing.
-    """
-    if mask is None:
-        part = _corner(x, axis)
-        devices = device_count(axis_name)
-        count, part_count = (
-            jnp.asarray(v.size // v.shape[axis] * devices, dtype) for v in (x, part)
-        )
-        (shift,) = means((part.astype(dtype),), part_count, axis, axis_name)
-    else:
-        sums = sum_over(where_valid(mask, x.astype(dtype)), axis)
-        total, count = across((sums, _valid_count(mask, x, axis, dtype)), axis_name)
-        shift = total / jnp.maximum(count, 1)
-
-    shift = _rounded(shift)
-
-    def left() -> jax.Array:
-        return sum_over(centered(x, mask, axis, shift), axis)
-
-    left_over = jax.lax.platform_dependent(cpu=left, default=lambda: jnp.zeros_like(left()))
-    (total_left,) = across((left_over,), axis_name)
-    correction = _rounded(total_left / jnp.maximum(count, 1))
-    corrected = _rounded(shift + correction)
-    return corrected, correction - (corrected - shift), count
-
-
-def _rounded(x: jax.Array) -> jax.Array:
-    """`x` with one bit less, so that compilers cannot fuse what it is made of into what uses it.
-
-    A product fused with the next difference is not rounded, and the shift would be another number
-    at each place where it comes off.
-    """
-    info = jnp.finfo(x.dtype)
-    return jax.lax.reduce_precision(x, info.nexp, info.nmant - 1)
-
-
-def _valid_count(mask: jax.Array, x: jax.Array, axis: int, dtype: DTypeLike) -> jax.Array:
-    """How many values of each channel the mask leaves, counted before it is broadcast: `[C]`."""
-    axes = reduced_axes(x.ndim, axis)
-    repeats = math.prod(x.shape[i] for i in axes if mask.shape[i] == 1 != x.shape[i])
-    count = mask.sum(axes, dtype=jnp.int32).astype(dtype) * repeats
-    return jnp.broadcast_to(count, (x.shape[axis],))
-
-
-def _corner(x: jax.Array, axis: int) -> jax.Array:
-    """A corner of `x` with a sixteenth of each channel's values or more; `x` itself where small.
-
-    The mean K of a fraction f obeys (E[x] − K)² ≤ Var[x]·(1 − f)/f on any data. E[(x − K)²] is then
-    at most 1/f times the variance, which loses four bits to it. The corner is cut out of every
-    sample where a sample has sixteen positions, so that batches spread over devices stay in place.
-    """
-    samples, positions = reduced_axes(x.ndim, axis)[:1], reduced_axes(x.ndim, axis)[1:]
-    if not isinstance(x.size, int) or x.size <= SMALL:
-        return x
-    corner = positions if math.prod(x.shape[i] for i in positions) >= 16 else samples
-    if any(jax.typeof(x).sharding.spec[i] is not None for i in corner):
-        return x  # a cut through devices costs more than reading everything
-    limits = list(x.shape)
-    left = math.prod(x.shape[i] for i in corner)
-    wanted = -(-left // 16)
-    for i in corner:
-        left //= x.shape[i]
-        limits[i] = -(-wanted // left)
-        wanted = -(-wanted // limits[i])
-    return jax.lax.slice(x, [0] * x.ndim, limits)
+def unshifted(moments: Shifted) -> Moments:
+    """Mean, variance and count, for everything outside the normalization itself."""
+    return Moments(moments.shift + moments.delta, moments.var, moments.count)

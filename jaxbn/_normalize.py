@@ -9,7 +9,6 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn._activation import Activation, checked_activation
 from jaxbn._checks import (
     check_values_per_channel,
-    checked_axis_name,
     checked_dtype,
     checked_epsilon,
     checked_input,
@@ -26,8 +25,10 @@ from jaxbn._derivative import (
     normalize_by_batch,
     recomputed,
 )
-from jaxbn._moments import Moments
-from jaxbn._sums import AxisName
+from jaxbn._devices import ALONE, AxisIndexGroups, AxisName, checked_devices
+from jaxbn._groups import by_group, checked_num_groups
+from jaxbn._moments import Moments, unshifted
+from jaxbn._shifted import Shifted, added, merged
 
 
 def normalize(
@@ -93,7 +94,9 @@ def normalize(
     var = checked_vector(var, "var", x, axis)
     dtype = checked_dtype(dtype, x)
     wide = statistics_dtype(x.dtype, mean.dtype, var.dtype, dtype)
-    form = Form(axis, None, epsilon, dtype, None)
+    form = Form(axis, ALONE, epsilon, dtype, None)
+    x, mask = checked_mask(mask, x)
+    residual = checked_residual(residual, x, dtype)
     operands, form = _operands(x, scale, bias, mask, residual, activation, form, wide)
     rstd = jax.lax.rsqrt(var.astype(wide) + epsilon)
     y: jax.Array = recomputed(_normalize, form=form)(operands, mean.astype(wide), rstd)
@@ -115,6 +118,9 @@ def batch_normalize(
     epsilon: float = 1e-5,
     dtype: DTypeLike | None = None,
     axis_name: AxisName = None,
+    axis_index_groups: AxisIndexGroups = None,
+    num_groups: int = 1,
+    virtual_batch_size: int | None = None,
     mask: ArrayLike | None = None,
     activation: str | Activation | None = None,
     residual: ArrayLike | None = None,
@@ -137,6 +143,11 @@ def batch_normalize(
       dtype: the dtype of `y`; None for that of `x`.
       axis_name: name of a mapped axis, or a tuple of names, of `jax.vmap`, `jax.pmap` or
         `jax.shard_map`: the batch is the one on all its devices.
+      axis_index_groups: splits the indices along the one axis into groups of the same size, each of
+        which has a batch of its own, for example `[[0, 1], [2, 3]]`.
+      num_groups: splits the samples (on one device, where an axis is named) into so many groups of
+        neighbours, each normalized by itself: ghost batch norm.
+      virtual_batch_size: the same by the number of samples in a group.
       mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere, NaN and
         infinity included, reaches no result and no derivative; the output there is zero.
       activation: applied to the output in the same pass: None, "relu", "leaky_relu", "silu", "gelu"
@@ -146,13 +157,15 @@ def batch_normalize(
 
     Returns:
       `(y, moments)`: `y` in the shape of `x`, computed in at least float32 and rounded
-      once; `moments` as `batch_moments(x)` gives them, for `update_batch_stats`. Both are
-      differentiable to any order, in forward and reverse mode.
+      once; `moments` as `batch_moments(x)` gives them, for `update_batch_stats`, those of groups
+      merged. Both are differentiable to any order, in forward and reverse mode.
 
     Raises:
       TypeError: as `normalize`.
-      ValueError: there is one value per channel, `epsilon` is not positive, or as `normalize`.
+      ValueError: there is one value per channel, `epsilon` is not positive, the groups do not
+        divide the samples or the indices, or as `normalize`.
       NameError: `axis_name` is not bound.
+      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -165,35 +178,49 @@ def batch_normalize(
 
     References:
       Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167;
-      `torch.nn.functional.batch_norm` with `training=True`.
+      `torch.nn.functional.batch_norm` with `training=True`; for groups, Hoffer, Hubara and Soudry,
+      "Train longer, generalize better", 2017, https://arxiv.org/abs/1705.08741.
     """
     epsilon = checked_epsilon(epsilon, train=True)
     x, axis = checked_input(x, axis)
     dtype = checked_dtype(dtype, x)
     wide = statistics_dtype(x.dtype, dtype)
-    form = Form(axis, checked_axis_name(axis_name), epsilon, dtype, None)
-    check_values_per_channel(x, axis, axis_name)
-    operands, form = _operands(x, scale, bias, mask, residual, activation, form, wide)
-    y, batch = normalize_by_batch(operands, form)
-    return y, Moments(batch.shift + batch.delta, batch.var, batch.count)
+    form = Form(axis, checked_devices(axis_name, axis_index_groups), epsilon, dtype, None)
+    x, mask = checked_mask(mask, x)
+    residual = checked_residual(residual, x, dtype)
+    groups = checked_num_groups(num_groups, virtual_batch_size, x, axis)
+
+    def by_batch(
+        x: jax.Array, mask: jax.Array | None, residual: jax.Array | None
+    ) -> tuple[jax.Array, Shifted]:
+        check_values_per_channel(x, axis, form.devices)
+        y, batch = normalize_by_batch(
+            *_operands(x, scale, bias, mask, residual, activation, form, wide)
+        )
+        return y, Shifted(batch.shift, batch.delta, batch.var, batch.count)
+
+    if groups == 1:
+        y, moments = by_batch(x, mask, residual)
+    else:
+        y, moments = by_group(by_batch, groups, axis, x, mask, residual)
+        moments = merged(moments, added)
+    return y, unshifted(moments)
 
 
 def _operands(
     x: jax.Array,
     scale: ArrayLike | None,
     bias: ArrayLike | None,
-    mask: ArrayLike | None,
-    residual: ArrayLike | None,
+    mask: jax.Array | None,
+    residual: jax.Array | None,
     activation: str | Activation | None,
     form: Form,
     dtype: Any,
 ) -> tuple[Operands, Form]:
-    """The checked operands, vectors in `dtype`, and `form` with the activation."""
+    """The operands, vectors checked and in `dtype`, and `form` with the activation."""
     axis = form.axis
     scale = jnp.ones(x.shape[axis]) if scale is None else checked_vector(scale, "scale", x, axis)
     bias = jnp.zeros(x.shape[axis]) if bias is None else checked_vector(bias, "bias", x, axis)
     function, constants = checked_activation(activation, x.shape, dtype)
-    x, mask = checked_mask(mask, x)
-    residual = checked_residual(residual, x, form.dtype)
     operands = Operands(x, mask, scale.astype(dtype), bias.astype(dtype), residual, constants)
     return operands, form._replace(activation=function)

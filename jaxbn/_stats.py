@@ -127,18 +127,28 @@ def update_batch_stats(
     stats, moments = jax.lax.stop_gradient((checked_stats(stats), moments))
     _check_shapes(stats, moments)
     dtype = stats.mean.dtype
-    finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
-    kept = finite | jnp.logical_not(skip_nonfinite)
-    count = stats.count + kept.any().astype(stats.count.dtype)
-    factor = 1 / count.astype(dtype) if momentum is None else jnp.asarray(momentum, dtype)
+    kept, counted = jnp.array(True), jnp.array(True)
+    if skip_nonfinite is not False:  # whether to count takes all channels, and those of all devices
+        finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
+        kept = finite | jnp.logical_not(skip_nonfinite)
+        counted = kept.any()
+    count = stats.count + counted.astype(stats.count.dtype)
+    batches = jnp.maximum(count, 1).astype(dtype)
+    factor = 1 / batches if momentum is None else jnp.asarray(momentum, dtype)
     n = moments.count.astype(dtype)
     mean = moments.mean.astype(dtype)
     var = moments.var.astype(dtype)
     if unbiased:
         var = var * (n / jnp.maximum(n - 1, 1))
+
+    def folded(old: jax.Array, new: jax.Array, valid: jax.Array) -> jax.Array:
+        # No choice between old and new, whose channels may be on different devices.
+        weight = factor * valid.astype(dtype)
+        return (1 - weight) * old + weight * jnp.where(valid, new, jnp.zeros((), dtype))
+
     return BatchStats(
-        jnp.where(kept & (n > 0), (1 - factor) * stats.mean + factor * mean, stats.mean),
-        jnp.where(kept & (n > int(unbiased)), (1 - factor) * stats.var + factor * var, stats.var),
+        folded(stats.mean, mean, kept & (n > 0)),
+        folded(stats.var, var, kept & (n > int(unbiased))),
         count,
     )
 

@@ -11,13 +11,12 @@ left to the compiler, which adds those in blocks.
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-# The name of a mapped axis of devices, or several; None for the one device.
-AxisName = Hashable | None
+from jaxbn._devices import ALONE, Devices, summed
 
 # Elements. XLA:CPU adds in blocks from some 2¹³ on, products later; this size costs little yet.
 SMALL = 2**16
@@ -38,23 +37,13 @@ def sum_over(x: jax.Array, axis: int) -> jax.Array:
 
 
 def means(
-    arrays: Sequence[jax.Array], count: jax.Array, axis: int, axis_name: AxisName
+    arrays: Sequence[jax.Array], count: jax.Array, axis: int, devices: Devices = ALONE
 ) -> tuple[jax.Array, ...]:
     """`sum_over` of each array on all devices, over `count`; zero where there is nothing."""
-    sums = across([sum_over(x, axis) for x in arrays], axis_name)
+    sums = [sum_over(x, axis) for x in arrays]
+    if devices.names:
+        sums = list(summed(jnp.stack(sums), devices))
     return tuple(total / jnp.maximum(count, 1) for total in sums)
-
-
-def device_count(axis_name: AxisName) -> int:
-    """How many devices, or mapped indices, the axes have; 1 without a name."""
-    return 1 if axis_name is None else jax.lax.axis_size(axis_name)
-
-
-def across(vectors: Sequence[jax.Array], axis_name: AxisName) -> Sequence[jax.Array]:
-    """Sums of vectors of one shape over all devices, in one collective."""
-    if axis_name is None:
-        return vectors
-    return tuple(jax.lax.psum(jnp.stack(vectors), axis_name))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

@@ -73,6 +73,18 @@ def batch_normalized(state, x, scale, bias, train=True, axis_name=None, **option
     return state, {"y": y, "moments": new}
 
 
+def grouped(state, x, scale, bias, train=True, axis_name=None):
+    if axis_name is None:
+        y, state = jaxbn.batch_norm(
+            x, state, scale, bias, train=train, num_groups=DEVICES, **fused(x)
+        )
+    else:  # a group is what one device holds
+        y, _ = jaxbn.batch_normalize(x, scale, bias, **fused(x))
+        merged = jaxbn.batch_moments(x, axis_name=axis_name, mask=fused(x)["mask"])
+        state = jaxbn.update_batch_stats(state, merged)
+    return state, {"y": y}
+
+
 def fused_batch_normalized(state, x, *arguments, **options):
     return batch_normalized(state, x, *arguments, **options, **fused(x))
 
@@ -109,6 +121,7 @@ ROWS = {
     "batch_normalize": Row(batch_normalized),
     "batch_normalize, fused": Row(fused_batch_normalized),
     "batch_norm": Row(batch_normed, STATS),
+    "batch_norm, groups": Row(grouped, STATS),
     "BatchNorm": layer(linen.BatchNorm(momentum=0.9), (8, 3, 4), -1),
     "BatchNorm1d": layer(linen.BatchNorm1d(4), (8, 4, 3), 1),
     "BatchNorm2d": layer(linen.BatchNorm2d(3, axis=-1), (8, 2, 2, 3), -1),
@@ -202,6 +215,22 @@ def vmap_with_axis_name(row):
         step, (None, 0, None, None), distributed_outputs(row, 0, None), axis_name="batch"
     )
     state, outputs = jax.jit(mapped)(row.state, parts, scale, bias)
+    if "y" in outputs:
+        outputs["y"] = outputs["y"].reshape(x.shape)
+    assert_close((state, outputs), plain(row, x, scale, bias))
+
+
+def pmap(row):
+    x, scale, bias = row.arguments()
+    parts = x.reshape(DEVICES, -1, *x.shape[1:])
+    mapped = jax.pmap(
+        functools.partial(row.step, axis_name="batch"),
+        axis_name="batch",
+        in_axes=(None, 0, None, None),
+        out_axes=distributed_outputs(row, 0, None),
+        devices=jax.devices()[:DEVICES],
+    )
+    state, outputs = mapped(row.state, parts, scale, bias)
     if "y" in outputs:
         outputs["y"] = outputs["y"].reshape(x.shape)
     assert_close((state, outputs), plain(row, x, scale, bias))
@@ -429,6 +458,7 @@ COLUMNS = {
     "jit": jit,
     "vmap over models": vmap,
     "vmap with axis_name": vmap_with_axis_name,
+    "pmap": pmap,
     "shard_map": functools.partial(shard_map, check_vma=True),
     "shard_map without check_vma": functools.partial(shard_map, check_vma=False),
     "sharded input": functools.partial(sharded_input, axis_type=AxisType.Auto),

@@ -25,6 +25,10 @@ def infer(x=X, stats=STATS, *arguments, **options):
     return jaxbn.batch_norm(x, stats, *arguments, train=False, **options)
 
 
+def on_devices(groups):
+    return lambda x: jaxbn.batch_moments(x, axis_name="i", axis_index_groups=groups)
+
+
 def layer(module, x, train=True):
     return module.init(jax.random.key(0), x, not train)
 
@@ -311,11 +315,6 @@ CASES = {
         ValueError,
         '"use_running_average" was passed to the constructor and at call time',
     ),
-    "layer, axis_index_groups": (
-        lambda: layer(linen.BatchNorm(axis_index_groups=[[0], [1]]), X),
-        NotImplementedError,
-        "`axis_index_groups` is not",
-    ),
     "axis_name that is not bound": (
         lambda: train(axis_name="batch"),
         NameError,
@@ -326,6 +325,94 @@ CASES = {
         lambda: jax.vmap(lambda x: jaxbn.batch_moments(x, axis_name=("i", "j")), axis_name="i")(X),
         NameError,
         "got ('i', 'j'), which is not bound here.",
+    ),
+    "axis name given twice": (
+        lambda: jax.vmap(lambda x: jaxbn.batch_moments(x, axis_name=("i", "i")), axis_name="i")(X),
+        ValueError,
+        "`axis_name` must name each axis once; got ('i', 'i').",
+    ),
+    "groups of devices without devices": (
+        lambda: train(axis_index_groups=[[0, 1], [2, 3]]),
+        ValueError,
+        "`axis_index_groups` splits the indices along one axis, which `axis_name` must name; got "
+        "axis_name=None.",
+    ),
+    "groups of devices along an axis of vmap": (
+        lambda: jax.vmap(on_devices([[0, 1], [2, 3]]), axis_name="i")(X[:4]),
+        NotImplementedError,
+        "`axis_index_groups` needs an axis of jax.pmap or jax.shard_map",
+    ),
+    "groups of devices, an index missing": (
+        lambda: jax.pmap(on_devices([[0, 1], [2, 4]]), axis_name="i")(X[:4]),
+        ValueError,
+        "`axis_index_groups` must hold each index from 0 to 3 once, in groups of the same size; "
+        "got [[0, 1], [2, 4]].",
+    ),
+    "groups of devices, an index twice": (
+        lambda: jax.pmap(on_devices([[0, 1], [1, 2]]), axis_name="i")(X[:4]),
+        ValueError,
+        "`axis_index_groups` must hold each index from 0 to 3 once",
+    ),
+    "groups of devices of two sizes": (
+        lambda: jax.pmap(on_devices([[0, 1, 2], [3]]), axis_name="i")(X[:4]),
+        ValueError,
+        "`axis_index_groups` must hold each index from 0 to 3 once, in groups of the same size",
+    ),
+    "no groups of devices": (
+        lambda: jax.pmap(on_devices([]), axis_name="i")(X[:4]),
+        ValueError,
+        "`axis_index_groups` must hold each index from 0 to 3 once",
+    ),
+    "groups of devices that are none": (
+        lambda: jax.pmap(on_devices([0.5, 1.5]), axis_name="i")(X[:4]),
+        ValueError,
+        "`axis_index_groups` must hold each index from 0 to 3 once",
+    ),
+    "layer, groups of devices without devices": (
+        lambda: trained_layer(linen.BatchNorm(axis_index_groups=[[0], [1]]), X, X),
+        ValueError,
+        "`axis_index_groups` splits the indices along one axis, which `axis_name` must name",
+    ),
+    "num_groups that do not divide the samples": (
+        lambda: train(num_groups=3),
+        ValueError,
+        "`num_groups` must divide the number of samples; got 3 for x.shape=(8, 4, 4, 3), 8 "
+        "samples. Pad the batch and mask what is padded.",
+    ),
+    "num_groups without samples": (
+        lambda: jaxbn.batch_normalize(V3, num_groups=3),
+        ValueError,
+        "`num_groups` must divide the number of samples; got 3 for x.shape=(3,), 1 samples.",
+    ),
+    "virtual batch larger than the batch": (
+        lambda: train(virtual_batch_size=16),
+        ValueError,
+        "`virtual_batch_size` must divide the number of samples; got 16",
+    ),
+    "num_groups and virtual_batch_size": (
+        lambda: train(num_groups=2, virtual_batch_size=4),
+        ValueError,
+        "Give either `num_groups` or `virtual_batch_size`, the samples of a group; got 2 and 4.",
+    ),
+    "num_groups 0": (
+        lambda: train(num_groups=0),
+        ValueError,
+        "`num_groups` must be an int of at least 1; got 0.",
+    ),
+    "num_groups as a bool": (
+        lambda: train(num_groups=True),
+        ValueError,
+        "`num_groups` must be an int of at least 1; got True.",
+    ),
+    "virtual_batch_size as a float": (
+        lambda: train(virtual_batch_size=2.0),
+        ValueError,
+        "`virtual_batch_size` must be an int of at least 1; got 2.0.",
+    ),
+    "groups of one value per channel": (
+        lambda: jaxbn.batch_normalize(X[:, 0, 0], num_groups=8),
+        ValueError,
+        "Expected more than 1 value per channel when training, got input size (1, 3)",
     ),
     "mask of one value per sample without the other axes": (
         lambda: jaxbn.batch_moments(X, mask=jnp.ones(8, bool)),

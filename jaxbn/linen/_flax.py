@@ -1,7 +1,5 @@
 """`BatchNorm` with the constructor and the conventions of `flax.linen.BatchNorm`."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,8 +8,8 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 from jaxbn._activation import Activation
-from jaxbn._checks import check_implemented, checked_axis, checked_float
-from jaxbn._sums import AxisName
+from jaxbn._checks import checked_axis, checked_float
+from jaxbn._devices import AxisIndexGroups, AxisName
 from jaxbn.linen._variables import (
     check_channels,
     normalize_with,
@@ -57,7 +55,8 @@ class BatchNorm(nn.Module):
       scale_init: initializer of `scale`.
       axis_name: name of a mapped axis of devices, or a tuple of names, over which the batch extends
         in training. It need not be bound in initialization.
-      axis_index_groups: reserved for statistics across groups of devices.
+      axis_index_groups: splits the indices along the one axis into groups of the same size, each of
+        which has a batch of its own, for example `[[0, 1], [2, 3]]`.
       use_fast_variance: without effect, for either value: the variance is as fast and exact.
       force_float32_reductions: False stores the running statistics in `param_dtype` where that is
         float64; reductions are at least float32 in any case.
@@ -65,11 +64,14 @@ class BatchNorm(nn.Module):
         them) or a function.
       skip_nonfinite: leave the running statistics of a channel as they are where a batch has NaN or
         infinity in it.
+      num_groups: splits the samples of a training batch into so many groups of neighbours, each
+        normalized by itself: ghost batch norm. The running statistics take the merged moments.
+      virtual_batch_size: the same by the number of samples in a group.
 
     Raises:
       TypeError: the input is complex or bool, or `axis` is not one int.
       ValueError: see `jaxbn.batch_norm`; `use_running_average` given twice or not at all.
-      NotImplementedError: `axis_index_groups` is given.
+      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -98,11 +100,13 @@ class BatchNorm(nn.Module):
     bias_init: Initializer = nn.initializers.zeros
     scale_init: Initializer = nn.initializers.ones
     axis_name: AxisName = None
-    axis_index_groups: Any = None
+    axis_index_groups: AxisIndexGroups = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     activation: str | Activation | None = None
     skip_nonfinite: bool = False
+    num_groups: int = 1
+    virtual_batch_size: int | None = None
 
     @nn.compact
     def __call__(
@@ -125,7 +129,6 @@ class BatchNorm(nn.Module):
         Returns:
           `activation(normalized + residual)`, of the shape of `x`.
         """
-        check_implemented(axis_index_groups=self.axis_index_groups)
         traced = isinstance(self.momentum, jax.Array)
         if self.momentum is None or (not traced and not 0 <= self.momentum <= 1):
             raise ValueError(

@@ -10,8 +10,8 @@ from jax.typing import ArrayLike
 
 from jaxbn._activation import Activation
 from jaxbn._checks import checked_axis, checked_float
+from jaxbn._devices import AxisIndexGroups, AxisName
 from jaxbn._stats import BatchStats
-from jaxbn._sums import AxisName
 from jaxbn.linen._variables import (
     check_channels,
     normalize_with,
@@ -39,6 +39,9 @@ class _TorchBatchNorm(nn.Module):
     use_running_average: bool | None = None
     activation: str | Activation | None = None
     skip_nonfinite: bool = False
+    axis_index_groups: AxisIndexGroups = None
+    num_groups: int = 1
+    virtual_batch_size: int | None = None
 
     layouts: ClassVar[tuple[str, ...]] = ()  # without the C, whose place is `axis`
 
@@ -145,6 +148,11 @@ class BatchNorm1d(_TorchBatchNorm):
         them) or a function.
       skip_nonfinite: leave the running statistics of a channel as they are where a batch has NaN or
         infinity in it.
+      axis_index_groups: splits the indices along the one axis into groups of the same size, each of
+        which has a batch of its own, for example `[[0, 1], [2, 3]]`.
+      num_groups: splits the samples of a training batch into so many groups of neighbours, each
+        normalized by itself: ghost batch norm. The running statistics take the merged moments.
+      virtual_batch_size: the same by the number of samples in a group.
 
     Raises:
       TypeError: the input is not real floating point.

@@ -98,6 +98,9 @@ def normalize_with(
         momentum=momentum,
         unbiased=unbiased,
         axis_name=module.axis_name,
+        axis_index_groups=module.axis_index_groups,
+        num_groups=module.num_groups,
+        virtual_batch_size=module.virtual_batch_size,
         skip_nonfinite=module.skip_nonfinite,
         **fixed,
     )

@@ -1,0 +1,123 @@
+"""The devices that share a batch, and what they tell each other about it."""
+
+import itertools
+import operator
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+# The name of a mapped axis of devices, or a tuple of several; None for the one device.
+AxisName = Hashable | None
+AxisIndexGroups = Sequence[Sequence[int]] | None
+
+
+class Devices(NamedTuple):
+    """Mapped axes of `jax.vmap`, `jax.pmap` or `jax.shard_map`; none for one device alone.
+
+    With `groups`, indices along the one axis, those of each group share a batch of their own.
+    """
+
+    names: tuple[Hashable, ...] = ()
+    groups: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """How many devices share a batch."""
+        return jax.lax.axis_size(self.names) if self.groups is None else len(self.groups[0])
+
+
+ALONE = Devices()
+
+
+def checked_devices(axis_name: AxisName, index_groups: AxisIndexGroups = None) -> Devices:
+    """The devices of the axes, refused unless the axes are bound where this is called."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    devices = Devices(names) if axis_name is not None else ALONE
+    if len({*names}) < len(names):
+        raise ValueError(f"`axis_name` must name each axis once; got {axis_name!r}.")
+    try:
+        size = devices.size
+    except NameError:
+        raise NameError(
+            "`axis_name` must name axes of an enclosing jax.vmap, jax.pmap or jax.shard_map; got "
+            f"{axis_name!r}, which is not bound here. Outside of them leave it at None: under "
+            "jax.jit the batch is the global one."
+        ) from None
+    if index_groups is None:
+        return devices
+    if len(devices.names) != 1:
+        raise ValueError(
+            "`axis_index_groups` splits the indices along one axis, which `axis_name` must name; "
+            f"got axis_name={axis_name!r}."
+        )
+    if _mapped_by_vmap(devices.names):
+        raise NotImplementedError(
+            "`axis_index_groups` needs an axis of jax.pmap or jax.shard_map: JAX has no groups "
+            f"along axes of jax.vmap, as {axis_name!r} is. Map two axes and name one of them, or "
+            "split the samples by `num_groups`."
+        )
+    return devices._replace(groups=_checked_index_groups(index_groups, size))
+
+
+def _checked_index_groups(groups: Any, size: int) -> tuple[tuple[int, ...], ...]:
+    try:
+        checked = tuple(tuple(map(operator.index, group)) for group in groups)
+    except TypeError:
+        checked = ()
+    if sorted(itertools.chain(*checked)) != list(range(size)) or len({*map(len, checked)}) > 1:
+        raise ValueError(
+            f"`axis_index_groups` must hold each index from 0 to {size - 1} once, in groups of the "
+            f"same size; got {groups!r}."
+        )
+    return checked
+
+
+def _mapped_by_vmap(names: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+    """The axes that live inside arrays: what crosses these crosses no device."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(name for name in names if name not in manual)
+
+
+def placed_like(array: jax.Array, x: jax.Array) -> jax.Array:
+    """`array`, which broadcasts against `x`, on the devices that hold the same part of `x`."""
+    sharding = jax.typeof(x).sharding
+    sizes = zip(array.shape, x.shape, sharding.spec, strict=True)
+    spec = PartitionSpec(*(names if m == n else None for m, n, names in sizes))
+    if spec == jax.typeof(array).sharding.spec:
+        return array
+    placed: jax.Array = jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+    return placed
+
+
+def gathered(array: jax.Array, devices: Devices) -> jax.Array:
+    """The arrays of all devices along a new first axis, in one collective."""
+    array = array[None]
+    groups = devices.groups
+    if groups is not None:
+        array = jax.lax.all_gather(array, devices.names, axis_index_groups=groups, tiled=True)
+        return array
+    inner = _mapped_by_vmap(devices.names)
+    for name in inner:
+        array = jax.lax.all_gather(array, name, tiled=True)
+    outer = tuple(name for name in devices.names if name not in inner)
+    array = jax.lax.all_gather(array, outer, tiled=True, to="invarying")
+    return array
+
+
+def summed(array: jax.Array, devices: Devices) -> jax.Array:
+    """The sum of the arrays of all devices, in one collective."""
+    if devices.groups is not None:  # of which `psum` knows nothing where types tell what varies
+        return gathered(array, devices).sum(0)
+    total: jax.Array = jax.lax.psum(array, devices.names) if devices.names else array
+    return total
+
+
+def spread(array: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """`array` of the type of what differs between as many devices as `like` does.
+
+    In reverse mode this is a sum over devices: one for the whole of `array`.
+    """
+    names = jax.typeof(like).manual_axis_type.varying - jax.typeof(array).manual_axis_type.varying
+    return jax.lax.pcast(array, tuple(names), to="varying") if names else array

@@ -1,0 +1,77 @@
+"""Groups of samples that are normalized apart: ghost batch norm."""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxbn._sums import reduced_axes
+
+
+def checked_num_groups(
+    num_groups: int, virtual_batch_size: int | None, x: jax.Array, axis: int
+) -> int:
+    """How many groups of samples are normalized apart, from either way of saying it."""
+    if virtual_batch_size is not None and num_groups != 1:
+        raise ValueError(
+            "Give either `num_groups` or `virtual_batch_size`, the samples of a group; got "
+            f"{num_groups} and {virtual_batch_size}."
+        )
+    name, value = "num_groups", num_groups
+    if virtual_batch_size is not None:
+        name, value = "virtual_batch_size", virtual_batch_size
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be an int of at least 1; got {value!r}.")
+    batch_axis = reduced_axes(x.ndim, axis)[:1]
+    samples = math.prod(x.shape[i] for i in batch_axis)
+    if (num_groups == 1 and virtual_batch_size is None) or samples == 0:
+        return 1
+    if samples % value:
+        raise ValueError(
+            f"`{name}` must divide the number of samples; got {value} for x.shape={x.shape}, "
+            f"{samples} samples. Pad the batch and mask what is padded."
+        )
+    groups = int(value if virtual_batch_size is None else samples // value)
+    shard = jax.typeof(x).sharding.shard_shape(x.shape)
+    devices = samples // math.prod(shard[i] for i in batch_axis)
+    if groups % devices:
+        raise ValueError(
+            f"Groups may not extend over devices where the type of `x` spreads its samples over "
+            f"{devices} of them; got {groups} groups. Take a multiple of {devices}, or a mesh of "
+            "AxisType.Auto."
+        )
+    return groups
+
+
+def by_group(
+    function: Callable[..., Any],
+    num_groups: int,
+    axis: int,
+    x: jax.Array,
+    *others: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+    """`function(x, *others)`, an output like `x` and a tree of statistics, of each group.
+
+    The groups are blocks of neighbours along the batch axis, so that samples that are spread over
+    devices stay in place. What has one entry there belongs to all groups. The statistics come back
+    stacked along a first axis.
+    """
+    batch_axis = reduced_axes(x.ndim, axis)[0]
+
+    def split(array: jax.Array | None) -> jax.Array | None:
+        if array is None or array.shape[batch_axis] == 1:
+            return array
+        samples = array.shape[batch_axis] // num_groups
+        shape = *array.shape[:batch_axis], num_groups, samples, *array.shape[batch_axis + 1 :]
+        return array.reshape(shape)
+
+    parts = tuple(map(split, (x, *others)))
+    in_axes = tuple(
+        None if part is whole else batch_axis
+        for part, whole in zip(parts, (x, *others), strict=True)
+    )
+    mapped = jax.vmap(function, in_axes, (batch_axis, 0), axis_size=num_groups)
+    y, statistics = mapped(*parts)
+    return y.reshape(x.shape), statistics

@@ -1,0 +1,229 @@
+"""Mean and variance in one pass and without cancellation, on one device and across several."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from jaxbn._devices import Devices, gathered, summed
+from jaxbn._sums import SMALL, expand, means, reduced_axes
+
+# Devices. One gathering takes half the time of two sums, but what each gets grows with them all.
+GATHERED = 16
+
+
+class Shifted(NamedTuple):
+    """Moments whose mean is `shift + delta`.
+
+    The parts are kept apart: their sum would round `delta` away where the mean is large, and with
+    it the exactness of `x − shift − delta`.
+    """
+
+    shift: jax.Array
+    delta: jax.Array
+    var: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def shifted_moments(
+    x: jax.Array, mask: jax.Array | None, axis: int, devices: Devices, dtype: DTypeLike
+) -> Shifted:
+    """Moments of `x` on all devices, in `dtype`; on `GATHERED` or fewer, in one collective."""
+    sharding = jax.typeof(x).sharding
+    spec = sharding.spec
+    names = _names(PartitionSpec(*(spec[i] for i in reduced_axes(x.ndim, axis))))
+    if not names:
+        return _merged_across(_local_moments(x, mask, axis, dtype), mask is not None, devices)
+
+    # The type of `x` tells how its batch is spread: each device takes its part, as if mapped.
+    def mapped(x: jax.Array, mask: jax.Array | None) -> Shifted:
+        local = _local_moments(x, mask, axis, dtype)
+        across = Devices(tuple(names) + devices.names)
+        return _merged_across(local, mask is not None, across)
+
+    vector = PartitionSpec(spec[axis])
+    return jax.shard_map(
+        mapped,
+        mesh=sharding.mesh,
+        in_specs=(spec, None if mask is None else jax.typeof(mask).sharding.spec),
+        out_specs=Shifted._make([vector] * 3 + [PartitionSpec() if mask is None else vector]),
+        axis_names=_names(spec),
+    )(x, mask)
+
+
+@shifted_moments.defjvp
+def _shifted_moments_jvp(
+    axis: int,
+    devices: Devices,
+    dtype: DTypeLike,
+    primals: tuple[jax.Array, jax.Array | None],
+    tangents: tuple[jax.Array, object],
+) -> tuple[Shifted, Shifted]:
+    x, mask = primals
+    moments = shifted_moments(x, mask, axis, devices, dtype)
+    dx = where_valid(mask, tangents[0]).astype(dtype)
+    deviation = centered(x, mask, axis, moments.shift)
+    mean_dx, covariance = mean_and_covariance(
+        dx, deviation, moments.delta, moments.count, axis, devices
+    )
+    zeros = jnp.zeros_like(moments.shift), jnp.zeros_like(moments.count)
+    return moments, Shifted(zeros[0], mean_dx, 2 * covariance, zeros[1])
+
+
+def mean_and_covariance(
+    dx: jax.Array,
+    deviation: jax.Array,
+    delta: jax.Array,
+    count: jax.Array,
+    axis: int,
+    devices: Devices,
+) -> tuple[jax.Array, jax.Array]:
+    """`E[dx]` and `E[dx·(deviation − delta)]`, in one collective; twice it, the tangent of var."""
+    mean_dx, mean_product = means((dx, dx * deviation), count, axis, devices)
+    return mean_dx, mean_product - delta * mean_dx
+
+
+def merged(sets: Shifted, totals: Callable[..., Sequence[jax.Array]]) -> Shifted:
+    """Moments of the union of sets, of which `totals` adds up arrays: once, and once more.
+
+        shift' ≈ Σ w·(shift + delta)    delta' = Σ w·d    var' = Σ w·(var + d²) − delta'²
+
+    with `w = count / Σ count` and `d = (shift − shift') + delta`. Nothing cancels: `delta'` is what
+    rounding left of the mean.
+    """
+    shift, delta, var, count = sets
+    weight = count.reshape(count.shape + (1,) * (shift.ndim - count.ndim))
+    total, joint_count = totals(weight * (shift + delta), count)
+    divisor = jnp.where(joint_count > 0, joint_count, 1)
+    joint = rounded(jax.lax.stop_gradient(total / divisor))
+    # An empty set must not say anything, not even 0 · ∞.
+    distance = jnp.where(weight > 0, (shift - joint) + delta, 0)
+    weight = weight / divisor
+    joint_delta, mean_square = totals(weight * distance, weight * (var + jnp.square(distance)))
+    joint_var = mean_square - jnp.square(joint_delta)
+    # Rounding may leave equal sets of variance 0 just below; the derivative is that of the formula.
+    joint_var = joint_var + jax.lax.stop_gradient(jnp.maximum(-joint_var, 0))
+    return Shifted(joint, joint_delta, joint_var, joint_count)
+
+
+def added(*stacks: jax.Array) -> list[jax.Array]:
+    """The totals of sets that are stacked along the first axis of each array."""
+    return [stack.sum(0) for stack in stacks]
+
+
+def _merged_across(local: Shifted, masked: bool, devices: Devices) -> Shifted:
+    """Gathers the moments of a few devices at once; those of many would be too many for each."""
+    if not devices.names:
+        return local
+    if devices.size > GATHERED and devices.groups is None:
+        vectors = local._replace(count=jnp.broadcast_to(local.count, local.var.shape))
+        moments = merged(vectors, lambda *v: list(summed(jnp.stack(v), devices)))
+        return moments if masked else moments._replace(count=local.count * devices.size)
+    # Without a mask every device has as many values: there is no need to send their number.
+    stacked = gathered(jnp.stack(local if masked else local[:3]), devices)
+    counts = () if masked else (jnp.broadcast_to(local.count, (devices.size,)),)
+    return merged(Shifted(*jnp.moveaxis(stacked, 1, 0), *counts), added)
+
+
+def _local_moments(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike) -> Shifted:
+    shift, missing, count = _shifts(x, mask, axis, dtype)
+    deviation = centered(x, mask, axis, shift)
+    square = jnp.square(centered(x, mask, axis, shift, missing))
+    delta, mean_square = means((deviation, square), count, axis)
+    # Rounding may leave a constant channel just below zero.
+    var = jnp.maximum(mean_square - jnp.square(delta - missing), 0)
+    return Shifted(shift, delta, var, count)
+
+
+def _names(spec: PartitionSpec) -> set[str]:
+    """The mesh axes in a specification, each entry of which has none, one or several."""
+    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
+    return {name for entry in entries for name in entry if name is not None}
+
+
+def centered(x: jax.Array, mask: jax.Array | None, axis: int, *shifts: jax.Array) -> jax.Array:
+    """`x` less each of the shifts, in their dtype; zero where masked, whatever stands there."""
+    deviation = x.astype(shifts[0].dtype)
+    for shift in shifts:
+        deviation = deviation - expand(shift, x.shape, axis)
+    return where_valid(mask, deviation)
+
+
+def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:
+    """`x`, and zero where masked."""
+    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def _shifts(
+    x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """An estimate of the mean, what is known to be missing from it, and each channel's count.
+
+    On a CPU the estimate is corrected by the mean of what it leaves, and what its rounding loses of
+    that is missing. This costs a pass over `x`, which a GPU or TPU, held up by memory, cannot
+    afford; there the estimate stands, and nothing is known to be missing.
+    """
+    if mask is None:
+        part = _sixteenth(x, axis)
+        count, part_count = (jnp.asarray(v.size // v.shape[axis], dtype) for v in (x, part))
+        (shift,) = means((part.astype(dtype),), part_count, axis)
+    else:
+        count = _valid_count(mask, x, axis, dtype)
+        (shift,) = means((where_valid(mask, x.astype(dtype)),), count, axis)
+    shift = rounded(shift)
+
+    def left() -> jax.Array:
+        return means((centered(x, mask, axis, shift),), count, axis)[0]
+
+    left_over = jax.lax.platform_dependent(cpu=left, default=lambda: jnp.zeros_like(left()))
+    correction = rounded(left_over)
+    corrected = rounded(shift + correction)
+    return corrected, correction - (corrected - shift), count
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """`x` with one bit less, so that compilers cannot fuse what it is made of into what uses it.
+
+    A product fused with the next difference is not rounded, and the shift would be another number
+    at each place where it comes off.
+    """
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant - 1)
+
+
+def _valid_count(mask: jax.Array, x: jax.Array, axis: int, dtype: DTypeLike) -> jax.Array:
+    """How many values of each channel the mask leaves, counted before it is broadcast: `[C]`."""
+    axes = reduced_axes(x.ndim, axis)
+    repeats = math.prod(x.shape[i] for i in axes if mask.shape[i] == 1 != x.shape[i])
+    count = mask.sum(axes, dtype=jnp.int32).astype(dtype) * repeats
+    return jnp.broadcast_to(count, (x.shape[axis],))
+
+
+def _sixteenth(x: jax.Array, axis: int) -> jax.Array:
+    """A sixteenth of each channel's values or more; `x` itself where it is small.
+
+    The mean K of a fraction f obeys (E[x] − K)² ≤ Var[x]·(1 − f)/f on any data. E[(x − K)²] is then
+    at most 1/f times the variance, which loses four bits to it. A batch that is spread over devices
+    stays in place: a corner is cut out of every sample, or, where samples have too few positions
+    for that, every sixteenth sample taken, and not the first ones, which are all on one device.
+    """
+    if not isinstance(x.size, int) or x.size <= SMALL:
+        return x
+    samples, *positions = reduced_axes(x.ndim, axis)
+    limits, strides = list(x.shape), [1] * x.ndim
+    left = math.prod(x.shape[i] for i in positions)
+    if left < 16:
+        strides[samples] = 16
+    else:
+        wanted = -(-left // 16)
+        for i in positions:
+            left //= x.shape[i]
+            limits[i] = -(-wanted // left)
+            wanted = -(-wanted // limits[i])
+    return jax.lax.slice(x, [0] * x.ndim, limits, strides)

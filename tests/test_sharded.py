@@ -1,0 +1,162 @@
+"""Sharded arrays under `jit`: one batch, whatever is where, on automatic and explicit meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpy_reference import error, masked_train, problem, tolerance
+
+import jaxbn
+from jaxbn import linen
+
+SHAPE = (16, 8, 4, 8)  # NCHW
+SPECS = {
+    "batch": P("a"),
+    "channels": P(None, "a"),
+    "rows": P(None, None, "a"),
+    "batch and channels": P("a", "b"),
+    "batch and columns": P("a", None, None, "b"),
+    "batch over both": P(("a", "b")),
+    "columns and channels": P(None, "b", None, "a"),
+}
+
+
+def make_mesh(axis_types):
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=axis_types)
+
+
+@jax.jit
+def run(x, scale, bias, dy, mask):
+    """Everything that a training step of a layer makes."""
+    stats = jaxbn.init_batch_stats(SHAPE[1], scale.dtype)
+
+    def forward(x, scale, bias):
+        moments = jaxbn.batch_moments(x, axis=1, mask=mask)
+        y, new = jaxbn.batch_norm(x, stats, scale, bias, train=True, axis=1, mask=mask, momentum=1)
+        return y, (moments, new)
+
+    y, pullback, (moments, new) = jax.vjp(forward, x, scale, bias, has_aux=True)
+    return y, moments, new, *pullback(dy)
+
+
+def masked(which):
+    if which == "no mask":
+        return None
+    shape = (SHAPE[0], 1, SHAPE[2], 1) if which == "mask" else SHAPE
+    mask = np.random.RandomState(5).uniform(size=shape) < 0.6
+    mask[:8] = False  # half of the devices hold nothing that counts
+    return mask
+
+
+def check(results, expected, limit):
+    y, moments, new, dx, dscale, dbias = results
+    n = expected.count
+    pairs = {
+        "y": (y, expected.y),
+        "mean": (moments.mean, expected.mean),
+        "var": (moments.var, expected.var),
+        "running mean": (new.mean, expected.mean),
+        "running var": (new.var, expected.var * n / (n - 1)),
+        "dx": (dx, expected.dx),
+        "dscale": (dscale, expected.dscale),
+        "dbias": (dbias, expected.dbias),
+    }
+    for name, (actual, reference) in pairs.items():
+        assert error(actual, reference) <= limit, name
+
+
+TYPES = {
+    "auto": (AxisType.Auto,) * 2,
+    "explicit": (AxisType.Explicit,) * 2,
+    "both": (AxisType.Explicit, AxisType.Auto),
+}
+
+
+@pytest.mark.parametrize("which", ["no mask", "mask", "mask of every value"])
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_sharded_array_is_one_batch(spec, types, which):
+    mesh, mask = make_mesh(TYPES[types]), masked(which)
+    for dtype, limit in ((np.float32, tolerance(np.float32, 512)), (np.float64, 1e-12)):
+        with jax.enable_x64(dtype == np.float64), jax.set_mesh(mesh):
+            x, scale, bias, dy = problem(SHAPE, 1, dtype=dtype)
+            everywhere = np.ones(SHAPE, bool) if mask is None else mask
+            expected = masked_train(x, scale, bias, dy, 1, everywhere)
+            place = NamedSharding(mesh, SPECS[spec])
+            x, dy = (jax.device_put(v, place) for v in (x, dy))
+            results = run(x, scale, bias, dy, mask)
+        assert {results[i].sharding.shard_shape(SHAPE) for i in (0, 3)} == {
+            place.shard_shape(SHAPE)
+        }
+        check(results, expected, limit)
+
+
+def test_the_type_of_an_array_is_enough():
+    # No mesh is set, and nothing is compiled around the call.
+    place = NamedSharding(make_mesh(TYPES["explicit"]), P("a"))
+    x, scale, bias, _ = problem(SHAPE, 1)
+    y, moments = jaxbn.batch_normalize(jax.device_put(x, place), scale, bias, axis=1)
+    expected = masked_train(x, scale, bias, x, 1, np.ones(SHAPE, bool))
+    assert error(y, expected.y) <= tolerance(np.float32, 512)
+    assert error(moments.var, expected.var) <= tolerance(np.float32, 512)
+
+
+def test_models_on_devices_of_their_own():
+    # The mapped axis is sharded by "b", and the batch of every model by "a".
+    mesh = make_mesh(TYPES["explicit"])
+    x, scale, bias, _ = problem((2, *SHAPE), 2)
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, P("b", "a"))
+        y, moments = jax.jit(jax.vmap(lambda x: jaxbn.batch_normalize(x, scale, bias, axis=1)))(
+            jax.device_put(x, place)
+        )
+    y, moments = jax.device_get((y, moments))
+    for i in range(2):
+        expected = masked_train(x[i], scale, bias, x[i], 1, np.ones(SHAPE, bool))
+        assert error(y[i], expected.y) <= tolerance(np.float32, 512)
+        assert error(moments.var[i], expected.var) <= tolerance(np.float32, 512)
+
+
+def test_named_devices_of_a_mesh_whose_other_axis_is_explicit():
+    mesh = make_mesh(TYPES["explicit"])
+    x, scale, bias, _ = problem(SHAPE, 1)
+
+    def part(x):
+        assert jax.typeof(x).sharding.spec == P(None, None, None, "b")
+        return jaxbn.batch_normalize(x, scale, bias, axis=1, axis_name="a")[0]
+
+    with jax.set_mesh(mesh):
+        x_placed = jax.device_put(x, NamedSharding(mesh, P("a", None, None, "b")))
+        mapped = jax.shard_map(part, in_specs=P("a"), out_specs=P("a"), axis_names={"a"})
+        y = jax.jit(mapped)(x_placed)
+    expected = masked_train(x, scale, bias, x, 1, np.ones(SHAPE, bool))
+    assert error(y, expected.y) <= tolerance(np.float32, 512)
+
+
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+def test_layers(types):
+    mesh = make_mesh(TYPES[types])
+    x = problem(SHAPE, 1)[0]
+    layer = linen.BatchNorm2d(SHAPE[1], num_groups=4)
+    variables = layer.init(jax.random.key(0), x, True)
+
+    @jax.jit
+    def step(x):
+        return layer.apply(variables, x, False, mutable=["batch_stats"])
+
+    with jax.set_mesh(mesh):
+        actual = step(jax.device_put(x, NamedSharding(mesh, P("a"))))
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5), actual, step(x)
+    )
+
+
+def test_long_batches_of_vectors_stay_in_place():
+    # More than is summed in two parts, so that the shift is taken of every sixteenth sample.
+    x = np.random.RandomState(0).normal(1e4, 1.0, (32_768, 8)).astype(np.float32)
+    mesh = make_mesh(TYPES["auto"])
+    moments = jax.jit(jaxbn.batch_moments)(jax.device_put(x, NamedSharding(mesh, P(("a", "b")))))
+    assert error(moments.var, x.astype(np.float64).var(0)) <= tolerance(np.float32, len(x))
+    assert jnp.all(moments.count == len(x))
