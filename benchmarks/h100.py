@@ -4,10 +4,12 @@ pip install jax==0.11.2 jax-cuda13-plugin==0.11.2      # Python 3.12; about 400 
 """
 
 import importlib.util
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Figures of the H100 SXM5 80 GB: NVIDIA H100 Tensor Core GPU Architecture (2022) and, for compute
 # capability 9.0, the CUDA C++ Programming Guide's table of technical specifications.
@@ -52,11 +54,15 @@ def available() -> bool:
     return importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 
-def sharding() -> NamedSharding:
-    """A sharding on one H100: arrays of this sharding make `jax.jit` compile for it."""
+def devices(count: int) -> list[Any]:
+    """Some H100s in one machine, to compile for."""
     jax.devices("cpu")
     topology = topologies.get_topology_desc(
-        "h100", platform="cuda", target_config=DESCRIPTION, topology="1x1x1"
+        "h100", platform="cuda", target_config=DESCRIPTION, topology=f"1x1x{count}"
     )
-    mesh = topologies.make_mesh(topology, (1,), ("device",))
-    return NamedSharding(mesh, PartitionSpec())
+    return list(topology.devices)
+
+
+def sharding() -> NamedSharding:
+    """A sharding on one H100: arrays of this sharding make `jax.jit` compile for it."""
+    return NamedSharding(Mesh(np.array(devices(1)), ("device",)), PartitionSpec())

@@ -34,6 +34,29 @@ class Cost(NamedTuple):
     collectives: int
 
 
+class Collective(NamedTuple):
+    """One collective of a module, and what it moves for each device."""
+
+    opcode: str
+    sent: int  # bytes of its own that a device puts in
+    received: int  # bytes of the result
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective of the compiled module in `text`, in loops and branches as well."""
+    found = []
+    for body in _parse(text)[0].values():
+        sizes = {i.name: i.size for i in body}
+        for i in body:
+            opcode = i.opcode.removesuffix("-start")
+            if opcode in COLLECTIVES:
+                sent = sum(sizes[name] for name in i.operands)
+                # What is started has its operands in its output, if it is no all-reduce.
+                twice = sent if opcode != i.opcode and opcode != "all-reduce" else 0
+                found.append(Collective(opcode, sent, i.size - twice))
+    return found
+
+
 def cost(text: str) -> Cost:
     """Bytes read and written, kernels and collectives of the compiled module in `text`.
 
@@ -53,8 +76,7 @@ def cost(text: str) -> Cost:
             for position, name in enumerate(kernel.operands)
         }
         transferred += kernel.size + sum(read.values())
-    collectives = sum(i.opcode.removesuffix("-start") in COLLECTIVES for i in kernels)
-    return Cost(transferred, len(kernels), collectives)
+    return Cost(transferred, len(kernels), len(collectives(text)))
 
 
 def _read(body: list[Instruction], position: int, size: int) -> int:
