@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 TRAINING = pathlib.Path(__file__).with_name("training.py")
-TIMEOUT = 8  # seconds, --timeout
+TIMEOUT = 15  # seconds, --timeout
 PATIENCE = 300  # seconds: for what ends by itself, on a machine that does other things too
-START = 20  # seconds: for the imports before a process can join
+START = 40  # seconds: for the imports before a process can join
 LOSS = r"another process of the run|the loss of another process|not all processes of the run"
 
 

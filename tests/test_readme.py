@@ -27,9 +27,10 @@ def test_snippet(snippet):
 
 
 def test_commands_are_single_lines_that_make_their_environment():
-    train, test = COMMANDS
+    train, test, processes = COMMANDS
     for command in (train, test):
         assert command.count("\n") == 1
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")
     assert train.endswith("examples/train_cnn.py\n")
     assert test.endswith("-m pytest\n")
+    assert processes.startswith("for id in 0 1; do .venv/bin/python examples/train_cnn.py --coord")
