@@ -82,12 +82,13 @@ def _mapped_by_vmap(names: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
 
 def placed_like(array: jax.Array, x: jax.Array) -> jax.Array:
     """`array`, which broadcasts against `x`, on the devices that hold the same part of `x`."""
-    sharding = jax.typeof(x).sharding
-    sizes = zip(array.shape, x.shape, sharding.spec, strict=True)
+    old, like = jax.typeof(array).sharding, jax.typeof(x).sharding
+    sizes = zip(array.shape, x.shape, like.spec, strict=True)
     spec = PartitionSpec(*(names if m == n else None for m, n, names in sizes))
-    if spec == jax.typeof(array).sharding.spec:
+    if spec == old.spec:
         return array
-    placed: jax.Array = jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+    mesh = old.mesh if like.mesh.empty else like.mesh
+    placed: jax.Array = jax.sharding.reshard(array, NamedSharding(mesh, spec))
     return placed
 
 

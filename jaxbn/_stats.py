@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._checks import check_bool, check_momentum, checked_array
+from jaxbn._devices import placed_like
 from jaxbn._moments import Moments
 
 
@@ -98,7 +99,7 @@ def update_batch_stats(
       skip_nonfinite: leave out channels in which the batch is not finite; a bool, traced or not.
 
     Returns:
-      New `BatchStats`, in the dtypes of `stats`.
+      New `BatchStats`, in the dtypes of `stats`, and spread over devices as they are.
 
     Raises:
       TypeError: `stats` or `moments` is of another type, `stats` is narrower than float32 or its
@@ -144,7 +145,8 @@ def update_batch_stats(
     def folded(old: jax.Array, new: jax.Array, valid: jax.Array) -> jax.Array:
         # No choice between old and new, whose channels may be on different devices.
         weight = factor * valid.astype(dtype)
-        return (1 - weight) * old + weight * jnp.where(valid, new, jnp.zeros((), dtype))
+        both = (1 - weight) * old + weight * jnp.where(valid, new, jnp.zeros((), dtype))
+        return placed_like(both, old)
 
     return BatchStats(
         folded(stats.mean, mean, kept & (n > 0)),

@@ -135,6 +135,29 @@ def test_named_devices_of_a_mesh_whose_other_axis_is_explicit():
     assert error(y, expected.y) <= tolerance(np.float32, 512)
 
 
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+def test_statistics_stay_where_they_are(types, spread):
+    """Carried through a loop and through both modes, beside channels that are spread."""
+    mesh = make_mesh(TYPES[types])
+    x = problem(SHAPE, 1)[0]
+    start = jaxbn.init_batch_stats(SHAPE[1])
+
+    def step(stats, train):
+        return jaxbn.batch_norm(x_spread, stats, train=train, axis=1)[1], None
+
+    with jax.set_mesh(mesh):
+        x_spread = jax.device_put(x, NamedSharding(mesh, P(None, "a")))
+        vector = NamedSharding(mesh, P("a" if spread else None))
+        stats = jaxbn.BatchStats(*(jax.device_put(v, vector) for v in start[:2]), start.count)
+        stats, _ = jax.jit(lambda s: jax.lax.scan(step, s, jnp.array([True, False])))(stats)
+    expected = jaxbn.batch_norm(x, start, train=True, axis=1)[1]
+    assert stats.mean.sharding.shard_shape((8,)) == ((2,) if spread else (8,))
+    assert error(stats.mean, expected.mean) <= tolerance(np.float32, 512)
+    assert error(stats.var, expected.var) <= tolerance(np.float32, 512)
+    assert stats.count == 1
+
+
 @pytest.mark.parametrize("types", ["auto", "explicit"])
 def test_layers(types):
     mesh = make_mesh(TYPES[types])
