@@ -10,7 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._activation import PIECEWISE_LINEAR, Activation
-from jaxbn._devices import Devices, spread
+from jaxbn._devices import Devices
 from jaxbn._shifted import (
     centered,
     mean_and_covariance,
@@ -164,7 +164,7 @@ def _tangent(
     q = (directions.scale - k * mean_dx_normalized) * rest
     p = directions.bias - k * mean_dx - delta * q
     k = expand(k, x.shape, form.axis)
-    p, q = (expand_tangent(v, x.shape, form.axis) for v in spread(jnp.stack([p, q]), dx))
+    p, q = (expand_tangent(v, x.shape, form.axis) for v in (p, q))
     dz = k * dx + p + deviation * q
     if directions.residual is not None:
         dz = dz + directions.residual.astype(dz.dtype)

@@ -116,9 +116,6 @@ def summed(array: jax.Array, devices: Devices) -> jax.Array:
 
 
 def spread(array: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """`array` of the type of what differs between as many devices as `like` does.
-
-    In reverse mode this is a sum over devices: one for the whole of `array`.
-    """
+    """`array` in the type of `like`, which may differ between devices where `array` does not."""
     names = jax.typeof(like).manual_axis_type.varying - jax.typeof(array).manual_axis_type.varying
     return jax.lax.pcast(array, tuple(names), to="varying") if names else array

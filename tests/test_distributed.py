@@ -58,7 +58,7 @@ def by_vmap(function, shape):
             inner = jax.vmap(inner, in_axes, out_axes, axis_name=name)
 
         def split(v):
-            return v.reshape(*shape, -1, *v.shape[1:])
+            return None if v is None else v.reshape(*shape, -1, *v.shape[1:])
 
         outputs = inner(split(x), scale, bias, split(mask), *map(split, dy))
         return jax.tree.map(lambda v: v.reshape(x.shape) if v.size == x.size else v, outputs)
@@ -84,7 +84,7 @@ def by_pmap(function, shape):
 
     def mapped(x, scale, bias, mask, *dy):
         def split(v):
-            return v.reshape(devices, -1, *v.shape[1:])
+            return None if v is None else v.reshape(devices, -1, *v.shape[1:])
 
         in_axes = (0, None, None, 0, *[0] * len(dy))
         outputs = jax.pmap(
@@ -128,25 +128,25 @@ def masks(devices):
         uneven[i, samples - i % samples :] = False
     empty[: devices // 2] = False
     last[-1] = True
-    return {"even": ones, "uneven": uneven, "empty": empty, "last": last}
+    return {"unmasked": ones, "even": ones, "uneven": uneven, "empty": empty, "last": last}
 
 
-def case(devices, which, dtype, mean=3.0):
+def case(devices, which, dtype, mean=3.0, std=2.0):
     shape = (devices * SHARD[0], *SHARD[1:])
-    x, scale, bias, dy = problem(shape, -1, dtype=dtype, mean=mean)
+    x, scale, bias, dy = problem(shape, -1, dtype=dtype, mean=mean, std=std)
     # Shards differ, as they do where data are sorted.
-    x = x + np.repeat(np.arange(devices, dtype=dtype), SHARD[0])[:, None, None]
+    x = x + std / 2 * np.repeat(np.arange(devices, dtype=dtype), SHARD[0])[:, None, None]
     mask = masks(devices)[which].reshape(-1, 1, 1)
     x = np.where(mask, x, np.nan).astype(dtype)
     expected = masked_train(x, scale, bias, dy, -1, mask)
-    return (x, scale, bias, mask, dy), expected
+    return (x, scale, bias, None if which == "unmasked" else mask, dy), expected
 
 
 def check(actual, expected, limit):
     for name in NAMES:
-        value = getattr(expected, name)
-        reference = np.broadcast_to(value, np.shape(actual[name]))
-        assert error(actual[name], reference) <= limit, name
+        reference = getattr(expected, name)
+        value = np.broadcast_to(actual[name], np.shape(reference))  # one count, unmasked
+        assert error(value, reference) <= limit, name
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
@@ -192,6 +192,13 @@ def test_the_merge_does_not_cancel(way):
     for mean in (1e4, 1e6):
         arguments, expected = case(4, "uneven", np.float32, mean)
         check(run(way, (4,), True, arguments), expected, tolerance(np.float32, 72))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_devices_without_samples_say_nothing(way):
+    # Not even 0 · ∞: the square of this mean is none in float32.
+    arguments, expected = case(4, "empty", np.float32, mean=1e25, std=1e18)
+    check(run(way, (4,), False, arguments), expected, tolerance(np.float32, 72))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -296,7 +303,7 @@ def test_one_value_on_each_of_two_devices_is_a_batch():
 def test_what_many_devices_do(way, inside, monkeypatch):
     # More than a few sum, twice, instead of gathering.
     monkeypatch.setattr(_shifted, "GATHERED", 3)
-    for which in ("even", "uneven", "empty"):
+    for which in ("unmasked", "uneven", "empty"):
         for mean in (3.0, 1e6):
             arguments, expected = case(4, which, np.float32, mean)
             check(run(way, (4,), inside, arguments), expected, tolerance(np.float32, 72))

@@ -62,6 +62,24 @@ def test_merging_is_associative_with_an_identity():
     jax.tree.map(np.testing.assert_array_equal, jaxbn.merge_moments(a), a)
 
 
+def test_equal_constants_have_no_negative_variance():
+    state = np.random.RandomState(0)
+    for _ in range(50):
+        mean, counts = np.float32(state.uniform(1, 1e3)), state.randint(1, 50, state.randint(2, 6))
+        sets = [jaxbn.Moments(jnp.full(2, mean), jnp.zeros(2), jnp.float32(n)) for n in counts]
+        merged = jaxbn.merge_moments(*sets)
+        np.testing.assert_allclose(merged.mean, mean, rtol=2.0**-22)
+        assert (merged.var >= 0).all()
+        assert (merged.var <= (2.0**-20 * mean) ** 2).all()
+
+
+def test_an_empty_set_says_nothing_to_a_mean_whose_square_is_infinite():
+    far = jaxbn.Moments(jnp.array([1e25]), jnp.array([1e36]), jnp.float32(3))
+    empty = jaxbn.batch_moments(np.zeros((0, 1), np.float32))
+    merged = jaxbn.merge_moments(empty, far)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6), merged, far)
+
+
 def test_nothing_has_moments_of_zero():
     empty = jaxbn.batch_moments(np.zeros((0, 4), np.float32))
     for moments in (empty, jaxbn.merge_moments(empty, empty)):
