@@ -1,6 +1,7 @@
 """Batch norm whole: normalize, and keep the running statistics."""
 
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 from jax.typing import ArrayLike, DTypeLike
@@ -8,11 +9,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn._activation import Activation
 from jaxbn._checks import check_bool, check_momentum
 from jaxbn._devices import AxisIndexGroups, AxisName, spread
-from jaxbn._moments import Moments
 from jaxbn._normalize import batch_normalize, normalize
 from jaxbn._stats import BatchStats, checked_stats, update_batch_stats
 
 Stats = TypeVar("Stats", BatchStats, None, BatchStats | None)
+Mode = Callable[[], tuple[jax.Array, BatchStats]]
 
 
 def batch_norm(
@@ -115,23 +116,17 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
         "residual": residual,
     }
 
-    def normalize_by_batch() -> tuple[jax.Array, Moments]:
-        return batch_normalize(
-            x,
-            scale,
-            bias,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-            num_groups=num_groups,
-            virtual_batch_size=virtual_batch_size,
-            **options,
-        )
-
+    scope: dict[str, Any] = {
+        "axis_name": axis_name,
+        "axis_index_groups": axis_index_groups,
+        "num_groups": num_groups,
+        "virtual_batch_size": virtual_batch_size,
+    }
     if stats is None:
-        return normalize_by_batch()[0], None
+        return batch_normalize(x, scale, bias, **scope, **options)[0], None
 
     def in_training() -> tuple[jax.Array, BatchStats]:
-        y, moments = normalize_by_batch()
+        y, moments = batch_normalize(x, scale, bias, **scope, **options)
         return y, update_batch_stats(
             stats, moments, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite
         )
@@ -140,12 +135,18 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
         y = normalize(x, stats.mean, stats.var, scale, bias, **options)
         return y, jax.lax.stop_gradient(stats)
 
-    def in_inference_alike() -> tuple[jax.Array, BatchStats]:
-        # In `jax.shard_map` the statistics of one device's batch differ from those of the next.
-        outputs = jax.tree.map(spread, in_inference(), jax.eval_shape(in_training))
-        return cast(tuple[jax.Array, BatchStats], outputs)
-
     if isinstance(train, jax.core.Tracer):
-        y, stats = jax.lax.cond(train, in_training, in_inference_alike)
-        return y, stats
+        return _either(train, in_training, in_inference)
     return in_training() if train else in_inference()
+
+
+def _either(train: jax.Array, in_training: Mode, in_inference: Mode) -> tuple[jax.Array, Any]:
+    """Both modes, of which the traced `train` runs one."""
+
+    def alike() -> tuple[jax.Array, Any]:
+        # In `jax.shard_map` the statistics of one device's batch differ from those of the next.
+        y, stats = jax.tree.map(spread, in_inference(), jax.eval_shape(in_training))
+        return y, stats
+
+    y, stats = jax.lax.cond(train, in_training, alike)
+    return y, stats
