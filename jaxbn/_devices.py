@@ -118,4 +118,5 @@ def summed(array: jax.Array, devices: Devices) -> jax.Array:
 def spread(array: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """`array` in the type of `like`, which may differ between devices where `array` does not."""
     names = jax.typeof(like).manual_axis_type.varying - jax.typeof(array).manual_axis_type.varying
-    return jax.lax.pcast(array, tuple(names), to="varying") if names else array
+    # Sorted, since every process must compile the same.
+    return jax.lax.pcast(array, tuple(sorted(names)), to="varying") if names else array

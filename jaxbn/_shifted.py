@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxbn._devices import Devices, gathered, summed
 from jaxbn._sums import SMALL, expand, means, reduced_axes
 
-# Devices. One gathering takes half the time of two sums, but what each gets grows with them all.
+# Devices. To gather is to wait once, where two sums wait twice; but what each gets grows with all.
 GATHERED = 16
 
 
@@ -35,22 +35,22 @@ def shifted_moments(
     x: jax.Array, mask: jax.Array | None, axis: int, devices: Devices, dtype: DTypeLike
 ) -> Shifted:
     """Moments of `x` on all devices, in `dtype`; on `GATHERED` or fewer, in one collective."""
-    sharding = jax.typeof(x).sharding
-    spec = sharding.spec
-    names = _names(PartitionSpec(*(spec[i] for i in reduced_axes(x.ndim, axis))))
-    if not names:
+    mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
+    spread = _names(spec[i] for i in reduced_axes(x.ndim, axis))
+    if not spread:
         return _merged_across(_local_moments(x, mask, axis, dtype), mask is not None, devices)
 
     # The type of `x` tells how its batch is spread: each device takes its part, as if mapped.
     def mapped(x: jax.Array, mask: jax.Array | None) -> Shifted:
+        # In the order of the mesh: every process must compile the same.
+        names = tuple(name for name in mesh.axis_names if name in spread)
         local = _local_moments(x, mask, axis, dtype)
-        across = Devices(tuple(names) + devices.names)
-        return _merged_across(local, mask is not None, across)
+        return _merged_across(local, mask is not None, Devices(names + devices.names))
 
     vector = PartitionSpec(spec[axis])
     return jax.shard_map(
         mapped,
-        mesh=sharding.mesh,
+        mesh=mesh,
         in_specs=(spec, None if mask is None else jax.typeof(mask).sharding.spec),
         out_specs=Shifted._make([vector] * 3 + [PartitionSpec() if mask is None else vector]),
         axis_names=_names(spec),
@@ -141,9 +141,9 @@ def _local_moments(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DType
     return Shifted(shift, delta, var, count)
 
 
-def _names(spec: PartitionSpec) -> set[str]:
-    """The mesh axes in a specification, each entry of which has none, one or several."""
-    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
+def _names(entries: Iterable[Any]) -> set[str]:
+    """The mesh axes in entries of a specification, each of which has none, one or several."""
+    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in entries)
     return {name for entry in entries for name in entry if name is not None}
 
 

@@ -1,5 +1,9 @@
 """Sharded arrays under `jit`: one batch, whatever is where, on automatic and explicit meshes."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,9 +83,14 @@ TYPES = {
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_sharded_array_is_one_batch(spec, types, which):
     mesh, mask = make_mesh(TYPES[types]), masked(which)
-    for dtype, limit in ((np.float32, tolerance(np.float32, 512)), (np.float64, 1e-12)):
+    close = tolerance(np.float32, 512)
+    for dtype, mean, limit in (
+        (np.float32, 3.0, close),
+        (np.float32, 1e6, close),
+        (np.float64, 3.0, 1e-12),
+    ):
         with jax.enable_x64(dtype == np.float64), jax.set_mesh(mesh):
-            x, scale, bias, dy = problem(SHAPE, 1, dtype=dtype)
+            x, scale, bias, dy = problem(SHAPE, 1, dtype=dtype, mean=mean)
             everywhere = np.ones(SHAPE, bool) if mask is None else mask
             expected = masked_train(x, scale, bias, dy, 1, everywhere)
             place = NamedSharding(mesh, SPECS[spec])
@@ -91,6 +100,34 @@ def test_a_sharded_array_is_one_batch(spec, types, which):
             place.shard_shape(SHAPE)
         }
         check(results, expected, limit)
+
+
+MODULE = """
+import jax, jaxbn, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"))
+x = jax.ShapeDtypeStruct((16, 4), np.float32, sharding=NamedSharding(mesh, P(("c", "a", "b"))))
+with jax.set_mesh(mesh):
+    gradient = jax.grad(lambda x: (jaxbn.batch_normalize(x)[0] ** 3).sum())
+    print(jax.jit(gradient).lower(x).as_text())
+"""
+
+
+def test_every_process_compiles_the_same_module():
+    # Python orders a set of strings differently in every process.
+    modules = {
+        subprocess.run(
+            [sys.executable, "-c", MODULE],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3", "4")
+    }
+    assert len(modules) == 1
+    assert "all_gather" in modules.pop()
 
 
 def test_the_type_of_an_array_is_enough():
