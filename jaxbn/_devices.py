@@ -111,7 +111,7 @@ def summed(array: jax.Array, devices: Devices) -> jax.Array:
     """The sum of the arrays of all devices, in one collective."""
     if devices.groups is not None:  # of which `psum` knows nothing where types tell what varies
         return gathered(array, devices).sum(0)
-    total: jax.Array = jax.lax.psum(array, devices.names) if devices.names else array
+    total: jax.Array = jax.lax.psum(array, devices.names)
     return total
 
 

@@ -35,26 +35,24 @@ def shifted_moments(
     x: jax.Array, mask: jax.Array | None, axis: int, devices: Devices, dtype: DTypeLike
 ) -> Shifted:
     """Moments of `x` on all devices, in `dtype`; on `GATHERED` or fewer, in one collective."""
-    mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
+    masked, sharding = mask is not None, jax.typeof(x).sharding
+    mesh, spec, vector = sharding.mesh, sharding.spec, PartitionSpec(sharding.spec[axis])
     spread = _names(spec[i] for i in reduced_axes(x.ndim, axis))
-    if not spread:
-        return _merged_across(_local_moments(x, mask, axis, dtype), mask is not None, devices)
 
-    # The type of `x` tells how its batch is spread: each device takes its part, as if mapped.
-    def mapped(x: jax.Array, mask: jax.Array | None) -> Shifted:
+    def local(x: jax.Array, mask: jax.Array | None) -> Shifted:
         # In the order of the mesh: every process must compile the same.
         names = tuple(name for name in mesh.axis_names if name in spread)
-        local = _local_moments(x, mask, axis, dtype)
-        return _merged_across(local, mask is not None, Devices(names + devices.names))
+        return _merged_across(_local_moments(x, mask, axis, dtype), masked, Devices(names))
 
-    vector = PartitionSpec(spec[axis])
-    return jax.shard_map(
-        mapped,
-        mesh=mesh,
-        in_specs=(spec, None if mask is None else jax.typeof(mask).sharding.spec),
-        out_specs=Shifted._make([vector] * 3 + [PartitionSpec() if mask is None else vector]),
-        axis_names=_names(spec),
-    )(x, mask)
+    if spread:  # The type of `x` tells where its parts are: each device takes its own.
+        local = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(spec, jax.typeof(mask).sharding.spec if masked else None),
+            out_specs=Shifted._make([vector] * 3 + [vector if masked else PartitionSpec()]),
+            axis_names=_names(spec),
+        )
+    return _merged_across(local(x, mask), masked, devices)
 
 
 @shifted_moments.defjvp

@@ -156,20 +156,26 @@ def test_models_on_devices_of_their_own():
         assert error(moments.var[i], expected.var) <= tolerance(np.float32, 512)
 
 
-def test_named_devices_of_a_mesh_whose_other_axis_is_explicit():
+@pytest.mark.parametrize("groups", [None, [[0, 3], [1, 2]]])
+def test_named_devices_of_a_mesh_whose_other_axis_is_explicit(groups):
     mesh = make_mesh(TYPES["explicit"])
     x, scale, bias, _ = problem(SHAPE, 1)
+    x += np.arange(SHAPE[0], dtype=np.float32)[:, None, None, None]
 
     def part(x):
         assert jax.typeof(x).sharding.spec == P(None, None, None, "b")
-        return jaxbn.batch_normalize(x, scale, bias, axis=1, axis_name="a")[0]
+        return jaxbn.batch_normalize(
+            x, scale, bias, axis=1, axis_name="a", axis_index_groups=groups
+        )[0]
 
     with jax.set_mesh(mesh):
         x_placed = jax.device_put(x, NamedSharding(mesh, P("a", None, None, "b")))
         mapped = jax.shard_map(part, in_specs=P("a"), out_specs=P("a"), axis_names={"a"})
-        y = jax.jit(mapped)(x_placed)
-    expected = masked_train(x, scale, bias, x, 1, np.ones(SHAPE, bool))
-    assert error(y, expected.y) <= tolerance(np.float32, 512)
+        y = jax.device_get(jax.jit(mapped)(x_placed))
+    for group in groups or [range(4)]:
+        samples = np.concatenate([np.arange(4 * i, 4 * i + 4) for i in group])
+        expected = masked_train(x[samples], scale, bias, x[samples], 1, True)
+        assert error(y[samples], expected.y) <= tolerance(np.float32, 512)
 
 
 @pytest.mark.parametrize("spread", [False, True])
