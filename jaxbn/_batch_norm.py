@@ -1,5 +1,6 @@
 """Batch norm whole: normalize, and keep the running statistics."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -116,17 +117,22 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
         "residual": residual,
     }
 
-    scope: dict[str, Any] = {
-        "axis_name": axis_name,
-        "axis_index_groups": axis_index_groups,
-        "num_groups": num_groups,
-        "virtual_batch_size": virtual_batch_size,
-    }
+    by_batch = functools.partial(
+        batch_normalize,
+        x,
+        scale,
+        bias,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        num_groups=num_groups,
+        virtual_batch_size=virtual_batch_size,
+        **options,
+    )
     if stats is None:
-        return batch_normalize(x, scale, bias, **scope, **options)[0], None
+        return by_batch()[0], None
 
     def in_training() -> tuple[jax.Array, BatchStats]:
-        y, moments = batch_normalize(x, scale, bias, **scope, **options)
+        y, moments = by_batch()
         return y, update_batch_stats(
             stats, moments, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite
         )

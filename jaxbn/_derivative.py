@@ -11,12 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._activation import PIECEWISE_LINEAR, Activation
 from jaxbn._devices import Devices
-from jaxbn._shifted import (
-    centered,
-    mean_and_covariance,
-    shifted_moments,
-    where_valid,
-)
+from jaxbn._shifted import centered, mean_and_covariance, shifted_moments, where_valid
 from jaxbn._sums import expand, expand_tangent
 
 # For the policies of `jax.checkpoint`: with these kept, a layer is made again without reductions.

@@ -70,8 +70,8 @@ def _shifted_moments_jvp(
     mean_dx, covariance = mean_and_covariance(
         dx, deviation, moments.delta, moments.count, axis, devices
     )
-    zeros = jnp.zeros_like(moments.shift), jnp.zeros_like(moments.count)
-    return moments, Shifted(zeros[0], mean_dx, 2 * covariance, zeros[1])
+    constant = jax.tree.map(jnp.zeros_like, moments)
+    return moments, constant._replace(delta=mean_dx, var=2 * covariance)
 
 
 def mean_and_covariance(
