@@ -1,5 +1,7 @@
 """`BatchNorm` with the constructor and the conventions of `flax.linen.BatchNorm`."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,14 +10,15 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 from jaxbn._activation import Activation
-from jaxbn._checks import checked_axis, checked_float
 from jaxbn._devices import AxisIndexGroups, AxisName
+from jaxbn._features import feature_axes
+from jaxbn._layer import check_channels, flax_layer
 from jaxbn.linen._variables import (
-    check_channels,
-    normalize_with,
     running_statistics,
     scale_and_bias,
+    store,
     training_mode,
+    values,
 )
 
 
@@ -31,19 +34,20 @@ class BatchNorm(nn.Module):
 
     Variables: `params` holds `scale` and `bias`, `batch_stats` holds `mean` and `var`, all of shape
     `[C]`, as Flax names and stores them, so its checkpoints read unchanged. Initialization leaves
-    the statistics at mean 0 and variance 1.
+    the statistics at mean 0 and variance 1. Complex input has a complex mean and a real variance,
+    `E[|x − E[x]|²]`.
 
     It differs from Flax where Flax's numbers are wrong: the variance does not cancel under a large
     mean, no gradient flows into the statistics, one value per channel in training is an error, an
     empty batch leaves the statistics as they were, masked entries put out zero, whatever stands
-    there, and statistics keep their dtype, which is never narrower than float32. Complex input and
-    several channel axes are refused.
+    there, and statistics keep their dtype, which is never narrower than float32.
 
     Attributes:
       use_running_average: whether to normalize by the running statistics (inference); given either
         here or in the call. In the call it may be a traced bool; `batch_stats` must then be
         mutable in inference too.
-      axis: the channel axis of the input.
+      axis: the channel axis of the input, or several: the variables then have a shape with as many
+        dimensions.
       momentum: weight of the old running statistics, between 0 and 1.
       epsilon: added to the variance inside the square root.
       dtype: dtype of the output; None for the promotion of the input's and the parameters' dtypes.
@@ -69,9 +73,10 @@ class BatchNorm(nn.Module):
       virtual_batch_size: the same by the number of samples in a group.
 
     Raises:
-      TypeError: the input is complex or bool, or `axis` is not one int.
+      TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
       ValueError: see `jaxbn.batch_norm`; `use_running_average` given twice or not at all.
-      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`.
+      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`; an activation, a
+        residual or groups for complex input.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -90,7 +95,7 @@ class BatchNorm(nn.Module):
     """
 
     use_running_average: bool | None = None
-    axis: int = -1
+    axis: int | Sequence[int] = -1
     momentum: float = 0.99
     epsilon: float = 1e-5
     dtype: Dtype | None = None
@@ -129,37 +134,31 @@ class BatchNorm(nn.Module):
         Returns:
           `activation(normalized + residual)`, of the shape of `x`.
         """
-        traced = isinstance(self.momentum, jax.Array)
-        if self.momentum is None or (not traced and not 0 <= self.momentum <= 1):
-            raise ValueError(
-                "`momentum` of BatchNorm must be between 0 and 1, the weight of the old statistics "
-                f"in momentum * old + (1 - momentum) * batch; got {self.momentum}."
-            )
         given = jnp.asarray(x)
-        integer = jnp.issubdtype(given.dtype, jnp.integer)
-        x = checked_float(given.astype(jnp.float32) if integer else given, "x")
-        num_features = x.shape[checked_axis(x.shape, self.axis)]
+        features = tuple(given.shape[axis] for axis in feature_axes(self.axis, given.shape))
         train = training_mode(self, use_running_average)
         running = running_statistics(
             self,
-            num_features,
+            features,
             jnp.float32 if self.force_float32_reductions else self.param_dtype,
             ("mean", "var"),
             train,
         )
-        check_channels(self, x.shape, len(running["mean"].value))
-        scale, bias = scale_and_bias(self, num_features, self.use_scale, self.use_bias)
-        return normalize_with(
+        before = values(running)
+        check_channels(self, given.shape, before["mean"].shape)
+        scale, bias = scale_and_bias(self, features, self.use_scale, self.use_bias)
+        y, after = flax_layer(
             self,
-            x,
+            given,
+            before,
             scale,
             bias,
-            running,
             train,
             dtype=canonicalize_dtype(given, scale, bias, dtype=self.dtype),
-            momentum=1 - self.momentum,
-            unbiased=False,
-            epsilon=self.epsilon,
             mask=mask,
             residual=residual,
+            initializing=self.is_initializing(),
         )
+        if train is not False and not self.is_initializing():
+            store(running, after)
+        return y

@@ -9,15 +9,16 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 from jaxbn._activation import Activation
-from jaxbn._checks import checked_axis, checked_float
+from jaxbn._checks import checked_float
 from jaxbn._devices import AxisIndexGroups, AxisName
+from jaxbn._layer import check_channels, check_layout, torch_layer
 from jaxbn._stats import BatchStats
 from jaxbn.linen._variables import (
-    check_channels,
-    normalize_with,
     running_statistics,
     scale_and_bias,
+    store,
     training_mode,
+    values,
 )
 
 
@@ -67,48 +68,30 @@ class _TorchBatchNorm(nn.Module):
           `activation(normalized + residual)`, of the shape of `x`.
         """
         x = checked_float(x, "x")
-        self._check_layout(x.shape)
-        check_channels(self, x.shape, self.num_features)
+        check_layout(self, x.shape)
+        features = (self.num_features,)
+        check_channels(self, x.shape, features)
         train = training_mode(self, use_running_average)
         running = {}
         if self.track_running_stats or self.has_variable("batch_stats", "mean"):
             running = running_statistics(
-                self, self.num_features, self.param_dtype, BatchStats._fields, train
+                self, features, self.param_dtype, BatchStats._fields, train
             )
-        scale, bias = scale_and_bias(
-            self, self.num_features, self.affine, self.affine and self.bias
-        )
-        return normalize_with(
+        scale, bias = scale_and_bias(self, features, self.affine, self.affine and self.bias)
+        y, after = torch_layer(
             self,
             x,
+            values(running),
             scale,
             bias,
-            running,
             train,
-            dtype=jnp.dtype(self.dtype or x.dtype),
-            momentum=self.momentum,
-            unbiased=True,
-            epsilon=self.eps,
             mask=mask,
             residual=residual,
-            update=self.track_running_stats,
+            initializing=self.is_initializing(),
         )
-
-    def _check_layout(self, shape: tuple[int, ...]) -> None:
-        checked_axis(shape, self.axis)
-        if len(shape) - 1 in map(len, self.layouts):
-            return
-        layouts = []
-        for letters in self.layouts:
-            if -len(letters) - 1 <= self.axis <= len(letters):
-                names = list(letters)
-                names.insert(self.axis % (len(letters) + 1), "C")
-                layouts.append(f"({', '.join(names)})")
-        raise ValueError(
-            f"{type(self).__name__} expected {' or '.join(f'{len(v) + 1}D' for v in self.layouts)} "
-            f"input, {' or '.join(layouts)} with axis={self.axis}; "
-            f"got {len(shape)}D input, x.shape={shape}."
-        )
+        if self.track_running_stats and train is not False and not self.is_initializing():
+            store(running, after)
+        return y
 
 
 class BatchNorm1d(_TorchBatchNorm):

@@ -1,0 +1,41 @@
+"""Several channel axes as one: Flax's `BatchNorm` takes a tuple of them."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxbn._checks import checked_axis
+
+
+def feature_axes(axis: int | Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The channel axes of an input of this shape, counted from the front, in ascending order."""
+    axes = axis if isinstance(axis, (tuple, list)) else (axis,)
+    if not axes:
+        raise ValueError(f"`axis` must name at least one channel axis of `x`; got {axis!r}.")
+    return tuple(sorted({checked_axis(shape, one) for one in axes}))
+
+
+class Flattening(NamedTuple):
+    """Arrays of a shape, with the channels moved to the end and made one axis, and back."""
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(range(-len(self.axes), 0))
+
+    def flat(self, value: ArrayLike) -> jax.Array:
+        """`value`, which broadcasts against the shape, with one channel axis at its end."""
+        value = jnp.moveaxis(jnp.broadcast_to(jnp.asarray(value), self.shape), self.axes, self.ends)
+        rest = len(self.shape) - len(self.axes)
+        return value.reshape(*value.shape[:rest], math.prod(value.shape[rest:]))
+
+    def restored(self, value: jax.Array) -> jax.Array:
+        """What `flat` made of an array, as it was."""
+        features = [self.shape[axis] for axis in self.axes]
+        return jnp.moveaxis(value.reshape(*value.shape[:-1], *features), self.ends, self.axes)

@@ -1,0 +1,211 @@
+"""What a layer does with its variables, whether Linen or NNX owns them."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn._batch_norm import batch_norm
+from jaxbn._checks import axis_hint, check_bool, checked_axis, statistics_dtype
+from jaxbn._complex import complex_batch_norm, complex_moments, complex_normalize
+from jaxbn._features import Flattening, feature_axes
+from jaxbn._moments import batch_moments
+from jaxbn._normalize import normalize
+from jaxbn._stats import BatchStats
+
+Layer = Any  # of Linen or of NNX, with the fields of the same names that are read here
+Running = dict[str, jax.Array]
+
+
+def mode(inference: Any) -> Any:
+    """Whether to train, where `use_running_average` says whether not to."""
+    check_bool(inference, "use_running_average")
+    return jnp.logical_not(inference) if isinstance(inference, jax.core.Tracer) else not inference
+
+
+def check_layout(layer: Layer, shape: tuple[int, ...]) -> None:
+    """Refuses an input whose number of dimensions is in none of the layer's layouts."""
+    checked_axis(shape, layer.axis)
+    if len(shape) - 1 in map(len, layer.layouts):
+        return
+    layouts = []
+    for letters in layer.layouts:
+        if -len(letters) - 1 <= layer.axis <= len(letters):
+            names = list(letters)
+            names.insert(layer.axis % (len(letters) + 1), "C")
+            layouts.append(f"({', '.join(names)})")
+    raise ValueError(
+        f"{type(layer).__name__} expected {' or '.join(f'{len(v) + 1}D' for v in layer.layouts)} "
+        f"input, {' or '.join(layouts)} with axis={layer.axis}; "
+        f"got {len(shape)}D input, x.shape={shape}."
+    )
+
+
+def check_channels(layer: Layer, shape: tuple[int, ...], features: tuple[int, ...]) -> None:
+    """Refuses an input of other channels than the layer's variables are for."""
+    channels = tuple(shape[axis] for axis in feature_axes(layer.axis, shape))
+    if features in (channels, (math.prod(channels),)):
+        return
+    one = len(channels) == len(features) == 1
+    raise ValueError(
+        f"{type(layer).__name__} of {features[0] if one else features} channels expected as many "
+        f"at axis={layer.axis} of its input; got {channels[0] if one else channels}, "
+        f"x.shape={shape}." + (axis_hint(shape, layer.axis, features) if one else "")
+    )
+
+
+def torch_layer(
+    layer: Layer,
+    x: jax.Array,
+    running: Running,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    train: Any,
+    *,
+    mask: ArrayLike | None,
+    residual: ArrayLike | None,
+    initializing: bool = False,
+) -> tuple[jax.Array, Running]:
+    """The output of a layer with torch's fields, and the running statistics after this batch."""
+    return _layer(
+        layer,
+        x,
+        running,
+        scale,
+        bias,
+        train,
+        axis=layer.axis,
+        dtype=jnp.dtype(layer.dtype or x.dtype),
+        momentum=layer.momentum,
+        unbiased=True,
+        epsilon=layer.eps,
+        mask=mask,
+        residual=residual,
+        initializing=initializing,
+    )
+
+
+def flax_layer(
+    layer: Layer,
+    x: jax.Array,
+    running: Running,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    train: Any,
+    *,
+    dtype: DTypeLike,
+    mask: ArrayLike | None,
+    residual: ArrayLike | None,
+    initializing: bool = False,
+) -> tuple[jax.Array, Running]:
+    """The output of a layer with Flax's fields, and the running statistics after this batch."""
+    traced = isinstance(layer.momentum, jax.Array)
+    if layer.momentum is None or (not traced and not 0 <= layer.momentum <= 1):
+        raise ValueError(
+            "`momentum` of BatchNorm must be between 0 and 1, the weight of the old statistics "
+            f"in momentum * old + (1 - momentum) * batch; got {layer.momentum}."
+        )
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        x = x.astype(jnp.float32)
+    axes = feature_axes(layer.axis, x.shape)
+    flattening = Flattening(x.shape, axes) if len(axes) > 1 else None
+    features = running["mean"].shape
+    if flattening is not None:
+        x = flattening.flat(x)
+        mask, residual = (None if v is None else flattening.flat(v) for v in (mask, residual))
+        scale, bias = (None if v is None else v.reshape(-1) for v in (scale, bias))
+        running = {name: value.reshape(-1) for name, value in running.items()}
+    y, running = _layer(
+        layer,
+        x,
+        running,
+        scale,
+        bias,
+        train,
+        axis=axes[0] if flattening is None else -1,
+        dtype=dtype,
+        momentum=1 - layer.momentum,
+        unbiased=False,
+        epsilon=layer.epsilon,
+        mask=mask,
+        residual=residual,
+        initializing=initializing,
+    )
+    if flattening is not None:
+        y = flattening.restored(y)
+        running = {name: value.reshape(features) for name, value in running.items()}
+    return y, running
+
+
+def _layer(
+    layer: Layer,
+    x: jax.Array,
+    running: Running,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    train: Any,
+    *,
+    axis: int,
+    dtype: DTypeLike,
+    epsilon: float,
+    momentum: Any,
+    unbiased: bool,
+    mask: ArrayLike | None,
+    residual: ArrayLike | None,
+    initializing: bool,
+) -> tuple[jax.Array, Running]:
+    fixed: dict[str, Any] = {"axis": axis, "epsilon": epsilon, "dtype": dtype, "mask": mask}
+    fused: dict[str, Any] = {"activation": layer.activation, "residual": residual}
+    groups: dict[str, Any] = {
+        "num_groups": layer.num_groups,
+        "virtual_batch_size": layer.virtual_batch_size,
+    }
+    of_batch: Any = batch_moments
+    normalized: Any = normalize
+    whole: Any = batch_norm
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        _check_real_only(fused | groups)
+        x, fused, groups = x.astype(dtype), {}, {}
+        of_batch, normalized, whole = complex_moments, complex_normalize, complex_batch_norm
+    if initializing and (train is not False or not running):
+        # Neither counts as a batch nor asks for more than one value per channel, nor for devices.
+        moments = of_batch(x, axis=axis, mask=mask)
+        return normalized(x, moments.mean, moments.var, scale, bias, **fixed, **fused), running
+    y, stats = whole(
+        x,
+        _batch_stats(running),
+        scale,
+        bias,
+        train=train,
+        momentum=momentum,
+        unbiased=unbiased,
+        axis_name=layer.axis_name,
+        axis_index_groups=layer.axis_index_groups,
+        skip_nonfinite=layer.skip_nonfinite,
+        **fixed,
+        **fused,
+        **groups,
+    )
+    return y, {name: getattr(stats, name) for name in running}
+
+
+def _check_real_only(options: dict[str, Any]) -> None:
+    given = [k for k, v in options.items() if not (v is None or (isinstance(v, int) and v == 1))]
+    if given:
+        raise NotImplementedError(
+            f"Batch norm of complex numbers takes no {', '.join(given)}. Apply an activation or "
+            "add a residual to its output."
+        )
+
+
+def _batch_stats(running: Running) -> BatchStats | None:
+    if not running:
+        return None
+    values = {name: jnp.asarray(value) for name, value in running.items()}
+    for name in ("mean", "var"):  # a checkpoint may hold them in half precision
+        if jnp.issubdtype(values[name].dtype, jnp.floating):
+            values[name] = values[name].astype(statistics_dtype(values[name].dtype))
+    # A missing count (Flax keeps none) is not needed where momentum is a number.
+    return BatchStats(**{"count": jnp.zeros((), jnp.int32)} | values)

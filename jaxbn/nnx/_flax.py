@@ -1,0 +1,183 @@
+"""`BatchNorm` with the constructor and the conventions of `flax.nnx.BatchNorm`."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
+from jax.typing import ArrayLike
+
+from jaxbn._activation import Activation
+from jaxbn._checks import checked_array
+from jaxbn._devices import AxisIndexGroups, AxisName
+from jaxbn._layer import check_channels, flax_layer
+from jaxbn._stats import init_batch_stats
+from jaxbn.nnx._variables import Layer, parameter, value
+
+
+class BatchNorm(Layer):
+    """Batch norm with the constructor, defaults and variables of `flax.nnx.BatchNorm`.
+
+        train      y = (x − E[x]) · scale / √(Var[x] + epsilon) + bias
+                   mean' = momentum·mean + (1 − momentum)·E[x]
+                   var'  = momentum·var  + (1 − momentum)·Var[x]
+        inference  y = (x − mean) · scale / √(var + epsilon) + bias
+
+    `momentum` is Flax's: the weight of the **old** statistics, 0.99 to keep 99 %.
+
+    Variables: `scale` and `bias` are `nnx.Param`, `mean` and `var` are `nnx.BatchStat`, all of
+    shape `[C]`, named and stored as in Flax, so its checkpoints read unchanged. A layer without
+    `scale` or `bias` holds None in its place.
+
+    Its functions are those of `jaxbn.linen.BatchNorm`, and so are its results, bit for bit, and the
+    ways in which it differs from Flax.
+
+    Args:
+      num_features: the number of channels, C; their product where there are several channel axes.
+      use_running_average: whether to normalize by the running statistics (inference), unless the
+        call says; `train()`, `eval()` and `nnx.view` set it. In the call it may be a traced bool.
+      axis: the channel axis of the input, or several.
+      momentum: weight of the old running statistics, between 0 and 1.
+      epsilon: added to the variance inside the square root.
+      dtype: dtype of the output; None for the promotion of the dtypes of the input, the parameters
+        and the statistics. The computation is at least float32 in any case.
+      param_dtype: dtype of `scale` and `bias`; the statistics are float32.
+      use_bias: whether there is a `bias`.
+      use_scale: whether there is a `scale`.
+      bias_init: initializer of `bias`.
+      scale_init: initializer of `scale`.
+      axis_name: name of a mapped axis of devices, or a tuple of names, over which the batch extends
+        in training.
+      axis_index_groups: splits the indices along the one axis into groups of the same size, each of
+        which has a batch of its own, for example `[[0, 1], [2, 3]]`.
+      use_fast_variance: without effect, for either value: the variance is as fast and exact.
+      promote_dtype: function of the tuple `(x, mean, var, scale, bias)` and a keyword `dtype` that
+        returns the arrays as they are to be used; the output has the dtype of its `x`. The
+        statistics are used as they are, and by default so are the others: nothing is rounded
+        before the computation.
+      rngs: random numbers for the initializers.
+      bias_metadata: metadata of the variable `bias`, for example `{"sharding": ("model",)}`.
+      scale_metadata: metadata of the variable `scale`.
+      activation: applied to the output: None, "relu", "leaky_relu", "silu", "gelu" (as `jax.nn` has
+        them) or a function.
+      skip_nonfinite: leave the running statistics of a channel as they are where a batch has NaN or
+        infinity in it.
+      num_groups: splits the samples of a training batch into so many groups of neighbours, each
+        normalized by itself: ghost batch norm. The running statistics take the merged moments.
+      virtual_batch_size: the same by the number of samples in a group.
+
+    Raises:
+      TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
+      ValueError: see `jaxbn.batch_norm`; the input has other than `num_features` channels; there is
+        no mode.
+      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`; an activation, a
+        residual or groups for complex input.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import BatchNorm
+      >>> layer = BatchNorm(2, momentum=0.75, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.arange(8.0).reshape(4, 2))
+      >>> layer.mean[...]
+      Array([0.75, 1.  ], dtype=float32)
+      >>> layer.eval()
+      >>> layer(jnp.ones((1, 2))).shape
+      (1, 2)
+
+    References:
+      `flax.nnx.BatchNorm`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: int | Sequence[int] = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros,
+        scale_init: Initializer = nnx.initializers.ones,
+        axis_name: AxisName = None,
+        axis_index_groups: AxisIndexGroups = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        activation: str | Activation | None = None,
+        skip_nonfinite: bool = False,
+        num_groups: int = 1,
+        virtual_batch_size: int | None = None,
+    ) -> None:
+        stats = init_batch_stats(num_features)
+        self.mean = nnx.BatchStat(stats.mean)
+        self.var = nnx.BatchStat(stats.var)
+        make = parameter
+        self.scale = make(use_scale, scale_init, num_features, param_dtype, rngs, scale_metadata)
+        self.bias = make(use_bias, bias_init, num_features, param_dtype, rngs, bias_metadata)
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+        self.activation = activation
+        self.skip_nonfinite = skip_nonfinite
+        self.num_groups = num_groups
+        self.virtual_batch_size = virtual_batch_size
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | jax.Array | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`, in training mode by its own statistics, which it then folds in.
+
+        Args:
+          x: input, channels at `axis`.
+          use_running_average: whether to normalize by the running statistics; None for the mode of
+            the layer.
+          mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere is
+            not looked at, and the output there is zero.
+          residual: added before the activation; in the shape of `x` and the dtype of the output.
+
+        Returns:
+          `activation(normalized + residual)`, of the shape of `x`.
+        """
+        x = checked_array(x, "x")
+        check_channels(self, x.shape, (self.num_features,))
+        train = self._training(use_running_average)
+        running = self._running(("mean", "var"))
+        scale, bias = value(self.scale), value(self.bias)
+        promoted = self.promote_dtype(
+            (x, running["mean"], running["var"], scale, bias), dtype=self.dtype
+        )
+        dtype = promoted[0].dtype
+        if self.promote_dtype is not dtypes.promote_dtype:
+            x, _, _, scale, bias = promoted
+        y, new = flax_layer(
+            self, x, running, scale, bias, train, dtype=dtype, mask=mask, residual=residual
+        )
+        if train is not False:
+            self._store(new)
+        return y

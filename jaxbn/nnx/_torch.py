@@ -1,0 +1,212 @@
+"""`BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` with torch's constructors and conventions."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jax.typing import ArrayLike
+
+from jaxbn._activation import Activation
+from jaxbn._checks import checked_float, statistics_dtype
+from jaxbn._devices import AxisIndexGroups, AxisName
+from jaxbn._layer import check_channels, check_layout, torch_layer
+from jaxbn._stats import BatchStats, init_batch_stats
+from jaxbn.nnx._variables import Layer, parameter, value
+
+
+class _TorchBatchNorm(Layer):
+    """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share: all but the layouts they take."""
+
+    layouts: ClassVar[tuple[str, ...]] = ()  # without the C, whose place is `axis`
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        bias: bool = True,
+        axis: int = 1,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        scale_init: Initializer = nnx.initializers.ones,
+        bias_init: Initializer = nnx.initializers.zeros,
+        axis_name: AxisName = None,
+        use_running_average: bool | None = False,
+        activation: str | Activation | None = None,
+        skip_nonfinite: bool = False,
+        axis_index_groups: AxisIndexGroups = None,
+        num_groups: int = 1,
+        virtual_batch_size: int | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.scale = parameter(affine, scale_init, num_features, param_dtype, rngs, {})
+        self.bias = parameter(affine and bias, bias_init, num_features, param_dtype, rngs, {})
+        stats = init_batch_stats(num_features, statistics_dtype(param_dtype))
+        for name, initial in stats._asdict().items():
+            kept = nnx.BatchStat(initial) if track_running_stats else nnx.data(None)
+            setattr(self, name, kept)
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.axis = axis
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.axis_name = axis_name
+        self.use_running_average = use_running_average
+        self.activation = activation
+        self.skip_nonfinite = skip_nonfinite
+        self.axis_index_groups = axis_index_groups
+        self.num_groups = num_groups
+        self.virtual_batch_size = virtual_batch_size
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | jax.Array | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`, in training mode by its own statistics, which it then folds in.
+
+        Args:
+          x: input, channels at `axis`; float16, bfloat16, float32 or float64.
+          use_running_average: whether to normalize by the running statistics; None for the mode of
+            the layer.
+          mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere is
+            not looked at, and the output there is zero.
+          residual: added before the activation; in the shape of `x` and the dtype of the output.
+
+        Returns:
+          `activation(normalized + residual)`, of the shape of `x`.
+        """
+        x = checked_float(x, "x")
+        check_layout(self, x.shape)
+        check_channels(self, x.shape, (self.num_features,))
+        train = self._training(use_running_average)
+        y, new = torch_layer(
+            self,
+            x,
+            self._running(BatchStats._fields),
+            value(self.scale),
+            value(self.bias),
+            train,
+            mask=mask,
+            residual=residual,
+        )
+        if self.track_running_stats and train is not False:
+            self._store(new)
+        return y
+
+
+class BatchNorm1d(_TorchBatchNorm):
+    """Batch norm over `(N, C)` or `(N, C, L)`, with `torch.nn.BatchNorm1d`'s constructor.
+
+        train      y = (x − E[x]) · scale / √(Var[x] + eps) + bias
+                   mean' = (1 − momentum)·mean + momentum·E[x]
+                   var'  = (1 − momentum)·var  + momentum·Var[x]·n/(n − 1)
+        inference  y = (x − mean) · scale / √(var + eps) + bias
+
+    `momentum` is torch's: the weight of the **new** batch; None keeps the cumulative average.
+    `Var[x]` is biased, divided by n, the number of values per channel.
+
+    Variables: `scale` and `bias` (torch `weight` and `bias`) are `nnx.Param`; `mean`, `var`
+    (`running_mean`, `running_var`) and `count` (`num_batches_tracked`, int32) are `nnx.BatchStat`.
+    What a layer does not have is None. Results are those of `jaxbn.linen.BatchNorm1d`, bit for bit.
+
+    Args:
+      num_features: the number of channels, C.
+      eps: added to the variance inside the square root.
+      momentum: weight of the new batch in the running statistics, between 0 and 1, or None.
+      affine: whether there are a `scale` and a `bias`.
+      track_running_stats: whether running statistics are kept. Without them the batch normalizes
+        itself in inference too; statistics that are there all the same are used, and not updated.
+      bias: whether an affine layer has a `bias`.
+      axis: the channel axis of the input: 1 as in torch, -1 for channels last.
+      dtype: dtype of the output; None for the dtype of the input.
+      param_dtype: dtype of `scale` and `bias`; the statistics are float32, or float64 where it is.
+      scale_init: initializer of `scale`.
+      bias_init: initializer of `bias`.
+      axis_name: name of a mapped axis of devices, or a tuple of names, over which the batch extends
+        in training.
+      use_running_average: whether to normalize by the running statistics (torch `eval()`), unless
+        the call says; `train()`, `eval()` and `nnx.view` set it. In the call it may be a traced
+        bool.
+      activation: applied to the output: None, "relu", "leaky_relu", "silu", "gelu" (as `jax.nn` has
+        them) or a function.
+      skip_nonfinite: leave the running statistics of a channel as they are where a batch has NaN or
+        infinity in it.
+      axis_index_groups: splits the indices along the one axis into groups of the same size, each of
+        which has a batch of its own, for example `[[0, 1], [2, 3]]`.
+      num_groups: splits the samples of a training batch into so many groups of neighbours, each
+        normalized by itself: ghost batch norm. The running statistics take the merged moments.
+      virtual_batch_size: the same by the number of samples in a group.
+      rngs: random numbers for the initializers.
+
+    Raises:
+      TypeError: the input is not real floating point.
+      ValueError: the input has another number of dimensions or channels, one value per channel in
+        training; there is no mode; see `jaxbn.batch_norm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import BatchNorm1d
+      >>> layer = BatchNorm1d(5, momentum=0.5, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.arange(15.0).reshape(3, 5))
+      >>> layer.mean[...], int(layer.count[...])
+      (Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32), 1)
+
+    References:
+      `torch.nn.BatchNorm1d`.
+    """
+
+    layouts: ClassVar[tuple[str, ...]] = ("N", "NL")
+
+
+class BatchNorm2d(_TorchBatchNorm):
+    """Batch norm over `(N, C, H, W)`, with `torch.nn.BatchNorm2d`'s constructor.
+
+    Formula, variables, arguments and errors are those of `BatchNorm1d`; with `axis=-1` the layout
+    is `(N, H, W, C)`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import BatchNorm2d
+      >>> layer = BatchNorm2d(3, axis=-1, activation="relu", rngs=nnx.Rngs(0))
+      >>> layer(jnp.arange(96.0).reshape(2, 4, 4, 3)).shape
+      (2, 4, 4, 3)
+
+    References:
+      `torch.nn.BatchNorm2d`.
+    """
+
+    layouts: ClassVar[tuple[str, ...]] = ("NHW",)
+
+
+class BatchNorm3d(_TorchBatchNorm):
+    """Batch norm over `(N, C, D, H, W)`, with `torch.nn.BatchNorm3d`'s constructor.
+
+    Formula, variables, arguments and errors are those of `BatchNorm1d`; with `axis=-1` the layout
+    is `(N, D, H, W, C)`.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxbn.nnx import BatchNorm3d
+      >>> layer = BatchNorm3d(2, affine=False, rngs=nnx.Rngs(0))
+      >>> layer.scale is None, layer.var[...]
+      (True, Array([1., 1.], dtype=float32))
+
+    References:
+      `torch.nn.BatchNorm3d`.
+    """
+
+    layouts: ClassVar[tuple[str, ...]] = ("NDHW",)

@@ -1,0 +1,72 @@
+"""The variables of the NNX layers, and the modes that all of them have."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.typing import Dtype, Initializer
+
+from jaxbn._layer import Running, mode
+
+
+def parameter(
+    used: bool,
+    initializer: Initializer,
+    num_features: int,
+    dtype: Dtype,
+    rngs: nnx.Rngs,
+    metadata: Mapping[str, Any],
+) -> Any:
+    """A `Param` of shape `[C]`, or what stands in its place in a layer without it."""
+    if not used:
+        return nnx.data(None)
+    return nnx.Param(initializer(rngs.params(), (num_features,), dtype), **metadata)
+
+
+def value(variable: Any) -> Any:
+    """The array in a variable, or None where there is no variable."""
+    return None if variable is None else variable[...]
+
+
+class Layer(nnx.Module):
+    """What all layers share: the choice of the mode, and where running statistics are kept."""
+
+    use_running_average: bool | jax.Array | None
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Chooses the mode of a layer, for `nnx.view`.
+
+        Args:
+          use_running_average: whether to normalize by the running statistics.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def set_mode(self, use_running_average: bool | None = None, **others: Any) -> dict[str, Any]:
+        """Chooses the mode of a layer, for `nnx.set_mode`, which came before `nnx.view`.
+
+        Args:
+          use_running_average: whether to normalize by the running statistics.
+          **others: settings of other layers, which are returned.
+        """
+        self.set_view(use_running_average)
+        return others
+
+    def _training(self, use_running_average: bool | jax.Array | None) -> Any:
+        chosen = self.use_running_average if use_running_average is None else use_running_average
+        if chosen is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} needs `use_running_average`, True for inference, False for training; got "
+                f"None. Give it to the call or to {name}, or call train() or eval() on the model."
+            )
+        return mode(chosen)
+
+    def _running(self, names: tuple[str, ...]) -> Running:
+        variables = {name: getattr(self, name) for name in names}
+        return {name: value(v) for name, v in variables.items() if v is not None}
+
+    def _store(self, new: Running) -> None:
+        for name, array in new.items():
+            getattr(self, name).set_value(array)
