@@ -48,11 +48,11 @@ def check_channels(layer: Layer, shape: tuple[int, ...], features: tuple[int, ..
     channels = tuple(shape[axis] for axis in feature_axes(layer.axis, shape))
     if features in (channels, (math.prod(channels),)):
         return
-    one = len(channels) == len(features) == 1
+    expected, got = (v[0] if len(v) == 1 else v for v in (features, channels))
     raise ValueError(
-        f"{type(layer).__name__} of {features[0] if one else features} channels expected as many "
-        f"at axis={layer.axis} of its input; got {channels[0] if one else channels}, "
-        f"x.shape={shape}." + (axis_hint(shape, layer.axis, features) if one else "")
+        f"{type(layer).__name__} of {expected} channels expected as many at axis={layer.axis} of "
+        f"its input; got {got}, x.shape={shape}."
+        + (axis_hint(shape, layer.axis, features) if len(channels) == 1 else "")
     )
 
 
