@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx as flax_nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy_reference import sample
 
 import jaxbn
-from jaxbn import linen
+from jaxbn import linen, nnx
 
 DEVICES = 4
 
@@ -111,6 +112,27 @@ def layer(module, shape, axis):
     return Row(step, state, shape, axis)
 
 
+def nnx_layer(create, shape, axis):
+    def step(state, x, scale, bias, train=True, axis_name=None):
+        options = fused(x)
+        bound = create(
+            axis_name=axis_name,
+            activation=options.pop("activation"),
+            dtype=x.dtype,
+            param_dtype=x.dtype,
+            rngs=flax_nnx.Rngs(0),
+        )
+        for name, value in (state | {"scale": scale, "bias": bias}).items():
+            getattr(bound, name).set_value(value)
+        inference = jnp.logical_not(train) if isinstance(train, jax.Array) else not train
+        y = bound(x, inference, **options)
+        return {name: getattr(bound, name)[...] for name in state}, {"y": y}
+
+    stats = jaxbn.init_batch_stats(shape[axis])._asdict()
+    held = vars(create(rngs=flax_nnx.Rngs(0)))
+    return Row(step, {name: v for name, v in stats.items() if name in held}, shape, axis)
+
+
 STATS = jaxbn.BatchStats(jnp.full(4, 2.0), jnp.full(4, 3.0), jnp.int32(2))
 ROWS = {
     "batch_moments": Row(moments),
@@ -126,6 +148,8 @@ ROWS = {
     "BatchNorm1d": layer(linen.BatchNorm1d(4), (8, 4, 3), 1),
     "BatchNorm2d": layer(linen.BatchNorm2d(3, axis=-1), (8, 2, 2, 3), -1),
     "BatchNorm3d": layer(linen.BatchNorm3d(3), (8, 3, 2, 2, 2), 1),
+    "nnx.BatchNorm": nnx_layer(functools.partial(nnx.BatchNorm, 4, momentum=0.9), (8, 3, 4), -1),
+    "nnx.BatchNorm2d": nnx_layer(functools.partial(nnx.BatchNorm2d, 3, axis=-1), (8, 2, 2, 3), -1),
 }
 
 

@@ -260,7 +260,7 @@ CASES = {
         f"`x` {FLOATS}; got int32.",
     ),
     "layer, complex input": (
-        lambda: layer(linen.BatchNorm(), X.astype(jnp.complex64)),
+        lambda: layer(linen.BatchNorm2d(3, axis=-1), X.astype(jnp.complex64)),
         TypeError,
         f"`x` {FLOATS}; got complex64.",
     ),

@@ -147,6 +147,8 @@ class BatchNorm(nn.Module):
         before = values(running)
         check_channels(self, given.shape, before["mean"].shape)
         scale, bias = scale_and_bias(self, features, self.use_scale, self.use_bias)
+        with jax.numpy_dtype_promotion("standard"):  # by definition of `dtype=None`
+            dtype = canonicalize_dtype(given, scale, bias, dtype=self.dtype)
         y, after = flax_layer(
             self,
             given,
@@ -154,7 +156,7 @@ class BatchNorm(nn.Module):
             scale,
             bias,
             train,
-            dtype=canonicalize_dtype(given, scale, bias, dtype=self.dtype),
+            dtype=dtype,
             mask=mask,
             residual=residual,
             initializing=self.is_initializing(),

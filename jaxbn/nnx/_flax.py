@@ -169,9 +169,9 @@ class BatchNorm(Layer):
         train = self._training(use_running_average)
         running = self._running(("mean", "var"))
         scale, bias = value(self.scale), value(self.bias)
-        promoted = self.promote_dtype(
-            (x, running["mean"], running["var"], scale, bias), dtype=self.dtype
-        )
+        arrays = (x, running["mean"], running["var"], scale, bias)
+        with jax.numpy_dtype_promotion("standard"):  # by definition of `dtype=None`
+            promoted = self.promote_dtype(arrays, dtype=self.dtype)
         dtype = promoted[0].dtype
         if self.promote_dtype is not dtypes.promote_dtype:
             x, _, _, scale, bias = promoted
