@@ -1,0 +1,143 @@
+"""Which entry of a `state_dict` is which variable of a Flax model, and in what shape."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxbn._tensors import torch_axes
+
+Shape = tuple[int, ...]
+Path = tuple[str, ...]
+
+# In torch's order: the collection of each entry, and the names that its variable may have.
+ENTRIES = {
+    "weight": ("params", ("scale", "kernel")),
+    "bias": ("params", ("bias",)),
+    "running_mean": ("batch_stats", ("mean",)),
+    "running_var": ("batch_stats", ("var",)),
+    "num_batches_tracked": ("batch_stats", ("count",)),
+}
+
+
+class Layer(NamedTuple):
+    """A torch module and its Flax module."""
+
+    prefix: str  # of its keys
+    path: Path  # in each collection
+    transposed: bool
+
+
+class Slot(NamedTuple):
+    """The variable of an entry."""
+
+    path: Path  # collection, modules, variable
+    shape: Shape  # in torch's layout
+    transposed: bool
+
+
+def named_layers(
+    prefix: str, names: Mapping[str, str] | None, transposed: Collection[str]
+) -> list[Layer]:
+    """The layers that `names` lists, or the only one, which has no name."""
+    names = {"": ""} if names is None else names
+    if not isinstance(names, Mapping):
+        raise TypeError(
+            "`names` must map torch module names to paths of Flax modules, for example "
+            f"{{'layer1.0.bn1': 'layer1_0/bn1'}}; got {type(names).__name__}."
+        )
+    unknown = sorted(set(transposed) - set(names))
+    if unknown:
+        raise ValueError(f"`transposed` must hold keys of `names`; got {unknown}.")
+    paths = list(names.values())
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+        raise ValueError(f"`names` must give each layer a path of its own; got twice: {twice}.")
+    return [
+        Layer(
+            prefix + name + "." if name else prefix,
+            tuple(path.split("/")) if path else (),
+            name in transposed,
+        )
+        for name, path in names.items()
+    ]
+
+
+def leaves(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The paths and values of the variables."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, (*path, str(name)))
+        else:
+            yield (*path, str(name)), value
+
+
+def slots_of_variables(
+    layers: list[Layer], variables: Mapping[str, Any]
+) -> tuple[dict[str, Slot], list[str]]:
+    """What a model asks for, and the paths of the variables that no layer has."""
+    trees = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
+    if variables and not any(name in variables for name in trees):
+        raise ValueError(
+            "`variables` must be what the model's init returns, with the collections params and "
+            f"batch_stats; got {sorted(variables)}."
+        )
+    shapes = {path: np.shape(value) for path, value in leaves(trees)}
+    slots: dict[str, Slot] = {}
+    for layer in layers:
+        for entry, (collection, names) in ENTRIES.items():
+            key, paths = layer.prefix + entry, [(collection, *layer.path, name) for name in names]
+            for path in paths:
+                if path in shapes and key not in slots:
+                    shape = shapes[path]
+                    _check_dimensions(key, path[-1], len(shape), layer.transposed)
+                    if path[-1] == "kernel":
+                        shape = tuple(shape[i] for i in torch_axes(len(shape), layer.transposed))
+                    slots[key] = Slot(path, shape, layer.transposed)
+    covered = {slot.path for slot in slots.values()}
+    return slots, [f'"{"/".join(path)}"' for path in shapes if path not in covered]
+
+
+def slots_of_entries(layers: list[Layer], entries: Mapping[str, Any]) -> dict[str, Slot]:
+    """What a dict asks of itself: each layer has entries, and they are of one module of torch."""
+    slots = {}
+    for layer in layers:
+        shapes = {
+            entry: entries[layer.prefix + entry].shape
+            for entry in ENTRIES
+            if layer.prefix + entry in entries
+        }
+        for entry, shape in _shapes_of_module(shapes, layer.transposed).items():
+            collection, names = ENTRIES[entry]
+            name = names[-1] if len(shape) > 1 else names[0]
+            if entry in shapes:
+                _check_dimensions(layer.prefix + entry, name, len(shape), layer.transposed)
+            path = (collection, *layer.path, name)
+            slots[layer.prefix + entry] = Slot(path, shape, layer.transposed)
+    return slots
+
+
+def _shapes_of_module(shapes: Mapping[str, Shape], transposed: bool) -> dict[str, Shape]:
+    """The entries, and their shapes, of the torch module that comes closest to these."""
+    demanded = {"weight"} if "bias" in shapes or not shapes else set()
+    if shapes.keys() & {"running_mean", "running_var", "num_batches_tracked"}:
+        demanded |= {"running_mean", "running_var"}
+        given = (shapes.get(entry) for entry in ("running_mean", "running_var", "weight"))
+        vector = next((shape[:1] for shape in given if shape), (1,))
+        expected = dict.fromkeys(ENTRIES, vector) | {"num_batches_tracked": ()}
+    else:
+        weight = shapes.get("weight", ())
+        bias = weight[1:2] if transposed else weight[:1]
+        expected = {"weight": weight, "bias": bias if weight else shapes.get("bias", ())}
+    return {entry: expected[entry] for entry in ENTRIES if entry in demanded | shapes.keys()}
+
+
+def _check_dimensions(key: str, name: str, ndim: int, transposed: bool) -> None:
+    allowed = {"kernel": range(2, 6), "count": range(1)}.get(name, range(1, 2))
+    if transposed and name in ("scale", "kernel"):
+        allowed = range(3, 6)
+    if ndim not in allowed:
+        raise ValueError(
+            f"`{key}` must have {' or '.join(map(str, allowed))} dimensions as a {name}"
+            f"{' of a transposed convolution' if transposed else ''}; got {ndim}."
+        )

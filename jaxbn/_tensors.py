@@ -1,0 +1,110 @@
+"""What a `state_dict` holds: where it comes from, its values and their layouts."""
+
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._checks import FLOAT_DTYPES
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and its kin; of torch.compile
+
+
+def opened(state_dict: Any) -> dict[str, Any]:
+    """The entries of a mapping or of a `.safetensors` file, not yet looked at."""
+    if isinstance(state_dict, str | os.PathLike):
+        return _read(os.fspath(state_dict))
+    if not isinstance(state_dict, Mapping) or not all(isinstance(k, str) for k in state_dict):
+        raise TypeError(
+            "`state_dict` must map names to arrays, as model.state_dict() does, or be the path of "
+            f"a .safetensors file; got {type(state_dict).__name__}."
+        )
+    return dict(state_dict)
+
+
+def _read(path: str) -> dict[str, Any]:
+    if not path.endswith(".safetensors"):
+        raise ValueError(
+            f"`state_dict` as a path must end in .safetensors; got {path!r}. For other files pass "
+            "what torch.load(path, weights_only=True) returns."
+        )
+    try:
+        from safetensors.numpy import load_file
+    except ImportError as error:
+        raise ImportError(
+            f"Reading {path!r} takes the package safetensors: pip install safetensors"
+        ) from error
+    return dict(load_file(path))
+
+
+def unwrapped(tensors: dict[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+    """Without what wrappers of a model put before every key, unless a key is wanted so."""
+    prefixes = tuple(wanted)
+    for wrapper in WRAPPERS:
+        asked = any(prefix.startswith(wrapper) for prefix in prefixes)
+        if tensors and not asked and all(key.startswith(wrapper) for key in tensors):
+            inner = {key.removeprefix(wrapper): value for key, value in tensors.items()}
+            return unwrapped(inner, prefixes)
+    return tensors
+
+
+def as_array(value: Any, key: str) -> Array:
+    """A NumPy, JAX or torch array as a NumPy array, which may share its memory."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # which has no .numpy()
+            value = value.view(sys.modules["torch"].int16).numpy().view(jnp.bfloat16)
+        else:
+            value = value.numpy()
+    array = np.asarray(value)
+    if key.endswith("num_batches_tracked"):
+        return array.reshape(()) if array.shape == (1,) else array
+    if array.dtype.name not in FLOAT_DTYPES:
+        raise TypeError(
+            f"`{key}` must have one of the dtypes {', '.join(FLOAT_DTYPES)}; got {array.dtype}."
+        )
+    return array
+
+
+def check_statistics(array: Array, key: str) -> None:
+    """Running statistics are finite, a variance not negative, a count an int32 that is not."""
+    kind = key.rpartition(".")[2]
+    if kind == "num_batches_tracked":
+        if not np.issubdtype(array.dtype, np.integer):
+            raise TypeError(
+                f"`{key}` must be an integer, the number of batches; got {array.dtype}."
+            )
+        if not 0 <= array <= np.iinfo(np.int32).max:
+            raise ValueError(f"`{key}` must be between 0 and 2**31 - 1, an int32; got {array}.")
+    elif kind in ("running_mean", "running_var"):
+        if not np.isfinite(array).all():
+            raise ValueError(f"`{key}` must be finite; got NaN or infinity.")
+        if kind == "running_var" and (array < 0).any():
+            raise ValueError(f"`{key}` must not be negative; got {array.min()}.")
+
+
+def torch_axes(ndim: int, transposed: bool) -> tuple[int, ...]:
+    """Which axes of a Flax kernel (*spatial, I, O) torch's (O, I, *spatial) are.
+
+    Torch's transposed convolutions are (I, O, *spatial). Without spatial axes the layer is dense.
+    """
+    channels = (ndim - 2, ndim - 1) if transposed else (ndim - 1, ndim - 2)
+    return channels + tuple(range(ndim - 2))
+
+
+def kernel_to_torch(kernel: Array, transposed: bool) -> Array:
+    """A view in torch's layout; the kernel of a transposed convolution is flipped in space."""
+    if transposed:
+        kernel = np.flip(kernel, tuple(range(kernel.ndim - 2)))
+    return kernel.transpose(torch_axes(kernel.ndim, transposed))
+
+
+def kernel_to_flax(weight: Array, transposed: bool) -> Array:
+    """A view in Flax's layout, the inverse of `kernel_to_torch`."""
+    kernel = weight.transpose(np.argsort(torch_axes(weight.ndim, transposed)))
+    return np.flip(kernel, tuple(range(kernel.ndim - 2))) if transposed else kernel
