@@ -40,13 +40,13 @@ def named_layers(
     prefix: str, names: Mapping[str, str] | None, transposed: Collection[str]
 ) -> list[Layer]:
     """The layers that `names` lists, or the only one, which has no name."""
-    names = {"": ""} if names is None else names
+    names, transposed = {"": ""} if names is None else names, set(transposed)
     if not isinstance(names, Mapping):
         raise TypeError(
             "`names` must map torch module names to paths of Flax modules, for example "
             f"{{'layer1.0.bn1': 'layer1_0/bn1'}}; got {type(names).__name__}."
         )
-    unknown = sorted(set(transposed) - set(names))
+    unknown = sorted(transposed - names.keys())
     if unknown:
         raise ValueError(f"`transposed` must hold keys of `names`; got {unknown}.")
     paths = list(names.values())
@@ -83,17 +83,16 @@ def slots_of_variables(
             f"batch_stats; got {sorted(variables)}."
         )
     shapes = {path: np.shape(value) for path, value in leaves(trees)}
-    slots: dict[str, Slot] = {}
+    slots = {}
     for layer in layers:
         for entry, (collection, names) in ENTRIES.items():
-            key, paths = layer.prefix + entry, [(collection, *layer.path, name) for name in names]
-            for path in paths:
-                if path in shapes and key not in slots:
-                    shape = shapes[path]
-                    _check_dimensions(key, path[-1], len(shape), layer.transposed)
-                    if path[-1] == "kernel":
-                        shape = tuple(shape[i] for i in torch_axes(len(shape), layer.transposed))
-                    slots[key] = Slot(path, shape, layer.transposed)
+            paths = [(collection, *layer.path, name) for name in names]
+            for path in [path for path in paths if path in shapes][:1]:
+                shape = shapes[path]
+                _check_dimensions("/".join(path), path[-1], len(shape), layer.transposed)
+                if path[-1] == "kernel":
+                    shape = tuple(shape[i] for i in torch_axes(len(shape), layer.transposed))
+                slots[layer.prefix + entry] = Slot(path, shape, layer.transposed)
     covered = {slot.path for slot in slots.values()}
     return slots, [f'"{"/".join(path)}"' for path in shapes if path not in covered]
 
@@ -132,12 +131,13 @@ def _shapes_of_module(shapes: Mapping[str, Shape], transposed: bool) -> dict[str
     return {entry: expected[entry] for entry in ENTRIES if entry in demanded | shapes.keys()}
 
 
-def _check_dimensions(key: str, name: str, ndim: int, transposed: bool) -> None:
-    allowed = {"kernel": range(2, 6), "count": range(1)}.get(name, range(1, 2))
+def _check_dimensions(owner: str, name: str, ndim: int, transposed: bool) -> None:
+    fewest, most = {"kernel": (2, 5), "count": (0, 0)}.get(name, (1, 1))
     if transposed and name in ("scale", "kernel"):
-        allowed = range(3, 6)
-    if ndim not in allowed:
+        fewest, most = 3, 5
+    if not fewest <= ndim <= most:
         raise ValueError(
-            f"`{key}` must have {' or '.join(map(str, allowed))} dimensions as a {name}"
-            f"{' of a transposed convolution' if transposed else ''}; got {ndim}."
+            f"`{owner}` must have {fewest if fewest == most else f'{fewest} to {most}'} dimensions "
+            f"as {'the weight of a transposed convolution' if transposed else f'a {name}'}; "
+            f"got {ndim}."
         )

@@ -71,21 +71,27 @@ def as_array(value: Any, key: str) -> Array:
     return array
 
 
-def check_statistics(array: Array, key: str) -> None:
-    """Running statistics are finite, a variance not negative, a count an int32 that is not."""
-    kind = key.rpartition(".")[2]
-    if kind == "num_batches_tracked":
+def check_statistics(array: Array, key: str, name: str) -> None:
+    """A mean is finite, a variance not negative either, and a count fits into int32."""
+    if name == "count":
         if not np.issubdtype(array.dtype, np.integer):
             raise TypeError(
-                f"`{key}` must be an integer, the number of batches; got {array.dtype}."
+                f"`{key}` must be an integer, the number of batches; got {array.dtype}. "
+                "Use .astype(np.int64)."
             )
         if not 0 <= array <= np.iinfo(np.int32).max:
-            raise ValueError(f"`{key}` must be between 0 and 2**31 - 1, an int32; got {array}.")
-    elif kind in ("running_mean", "running_var"):
+            raise ValueError(
+                f"`{key}` must fit into int32 and not be negative; got {array}. It matters with "
+                "momentum=None only: otherwise any number will do."
+            )
+    elif name in ("mean", "var"):
         if not np.isfinite(array).all():
-            raise ValueError(f"`{key}` must be finite; got NaN or infinity.")
-        if kind == "running_var" and (array < 0).any():
-            raise ValueError(f"`{key}` must not be negative; got {array.min()}.")
+            raise ValueError(
+                f"`{key}` must be finite; got NaN or infinity. The model diverged in training, or "
+                "overflowed in half precision, before this was saved."
+            )
+        if name == "var" and (array < 0).any():
+            raise ValueError(f"`{key}` must not be negative, a variance; got {array.min()}.")
 
 
 def torch_axes(ndim: int, transposed: bool) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """PyTorch's `state_dict`s as Flax variables, and back, bit for bit. torch is never imported."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -117,8 +117,10 @@ def from_state_dict(
     _check_entries("BatchNorm" if names is None else "the model", entries, slots, uncovered)
     trees: dict[str, Tree] = {"params": {}, "batch_stats": {}}
     for key, slot in slots.items():
-        check_statistics(entries[key], key)
-        _insert(trees, slot.path, _to_flax(entries[key], slot))
+        tree: Tree = trees
+        for name in slot.path[:-1]:
+            tree = tree.setdefault(name, {})
+        tree[slot.path[-1]] = _converted(entries[key], key, slot, kernel_to_flax, np.int32)
     return trees["params"], trees["batch_stats"]
 
 
@@ -176,12 +178,10 @@ def to_state_dict(
             f"{', '.join(uncovered)}."
         )
     values = dict(leaves(variables))
-    state_dict = {}
-    for key, slot in slots.items():
-        array = as_array(values[slot.path], key)
-        check_statistics(array, key)
-        state_dict[key] = _to_torch(array, slot)
-    return state_dict
+    return {
+        key: _converted(as_array(values[slot.path], key), key, slot, kernel_to_torch, np.int64)
+        for key, slot in slots.items()
+    }
 
 
 def _agree_on_counts(layers: list[Layer], slots: dict[str, Slot], entries: Tree) -> None:
@@ -216,19 +216,17 @@ def _check_entries(model: str, entries: Tree, slots: dict[str, Slot], uncovered:
         raise ValueError("\n\t".join([f"Error(s) in loading state_dict for {model}:", *problems]))
 
 
-def _to_flax(array: Array, slot: Slot) -> Array:
-    if slot.path[-1] == "kernel":
-        array = kernel_to_flax(array, slot.transposed)
-    return np.array(array, np.int32 if slot.path[-1] == "count" else array.dtype, order="C")
-
-
-def _to_torch(array: Array, slot: Slot) -> Array:
-    if slot.path[-1] == "kernel":
-        array = kernel_to_torch(array, slot.transposed)
-    return np.array(array, np.int64 if slot.path[-1] == "count" else array.dtype, order="C")
-
-
-def _insert(tree: Tree, path: tuple[str, ...], value: Array) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
+def _converted(
+    array: Array,
+    key: str,
+    slot: Slot,
+    layout: Callable[[Array, bool], Array],
+    integer: type[np.signedinteger[Any]],
+) -> Array:
+    """A copy in another layout, contiguous and in the byte order of the machine."""
+    name = slot.path[-1]
+    check_statistics(array, key, name)
+    if name == "kernel":
+        array = layout(array, slot.transposed)
+    dtype = np.dtype(integer) if name == "count" else array.dtype.newbyteorder("=")
+    return np.array(array, dtype, order="C")
