@@ -85,7 +85,9 @@ def check_statistics(array: Array, key: str, name: str) -> None:
                 "momentum=None only: otherwise any number will do."
             )
     elif name in ("mean", "var"):
-        if not np.isfinite(array).all():
+        with np.errstate(invalid="ignore"):  # a signaling NaN
+            finite = np.isfinite(array).all()
+        if not finite:
             raise ValueError(
                 f"`{key}` must be finite; got NaN or infinity. The model diverged in training, or "
                 "overflowed in half precision, before this was saved."
