@@ -136,8 +136,6 @@ def _check_dimensions(owner: str, name: str, ndim: int, transposed: bool) -> Non
     if transposed and name in ("scale", "kernel"):
         fewest, most = 3, 5
     if not fewest <= ndim <= most:
-        raise ValueError(
-            f"`{owner}` must have {fewest if fewest == most else f'{fewest} to {most}'} dimensions "
-            f"as {'the weight of a transposed convolution' if transposed else f'a {name}'}; "
-            f"got {ndim}."
-        )
+        kind = "the weight of a transposed convolution" if transposed else f"a {name}"
+        needed = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        raise ValueError(f"`{owner}` must have ndim {needed} as {kind}; got {ndim}.")

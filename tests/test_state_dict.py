@@ -1,5 +1,7 @@
 """`state_dict`s as Flax variables and back: layouts, bits, judgement; live against torch."""
 
+import copy
+import functools
 import pathlib
 import re
 import subprocess
@@ -210,10 +212,11 @@ def test_a_model_decides_about_its_variables(norm, counted):
     if not counted:
         del state_dict["block.0.bn.num_batches_tracked"]
     x, model = jnp.ones((1, 4, 4, 3)), Flax(NORMS[norm])
-    variables = model.init(jax.random.key(0), x)
+    abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
+    variables = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), abstract)
     results = [
         from_state_dict(state_dict, names=names, transposed=["up"], variables=form)
-        for form in (variables, freeze(variables), jax.eval_shape(lambda: variables))
+        for form in (variables, freeze(variables), abstract)
     ]
     params, stats = results[0]
     for other in results[1:]:
@@ -222,8 +225,8 @@ def test_a_model_decides_about_its_variables(norm, counted):
     assert_same(params["block_0"]["bn"]["scale"], state_dict["block.0.bn.weight"])
     if norm == "BatchNorm2d":
         assert stats["block_0"]["bn"]["count"] == (7 if counted else 0)
-    y = model.apply({"params": params, "batch_stats": stats}, x)
-    assert jnp.isfinite(y).all()
+    y = jax.eval_shape(model.apply, {"params": params, "batch_stats": stats}, x)
+    assert y.shape == (1, 4, 4, 4)
     back = to_state_dict(freeze(params), freeze(stats), names=names, transposed=["up"])
     assert back.keys() >= state_dict.keys() - {"block.0.bn.num_batches_tracked"}
     for key in back.keys() & state_dict.keys():
@@ -342,17 +345,17 @@ CASES = {
     "transposed dense": (
         lambda: from_state_dict({"weight": np.ones((3, 3))}, transposed=[""]),
         ValueError,
-        "`weight` must have 3 to 5 dimensions as the weight of a transposed convolution; got 2.",
+        "`weight` must have ndim 3 to 5 as the weight of a transposed convolution; got 2.",
     ),
     "transposed batch norm": (
         lambda: from_state_dict(vectors(3), transposed=[""]),
         ValueError,
-        "`weight` must have 3 to 5 dimensions as the weight of a transposed convolution; got 1.",
+        "`weight` must have ndim 3 to 5 as the weight of a transposed convolution; got 1.",
     ),
     "transposed batch norm, the way back": (
         lambda: to_state_dict(*LAYER, transposed=[""]),
         ValueError,
-        "`params/scale` must have 3 to 5 dimensions as the weight of a transposed convolution",
+        "`params/scale` must have ndim 3 to 5 as the weight of a transposed convolution",
     ),
     "grouped transposed": (
         lambda: from_state_dict(
@@ -365,17 +368,17 @@ CASES = {
     "a weight without dimensions": (
         lambda: from_state_dict({"weight": np.ones(())}),
         ValueError,
-        "`weight` must have 1 dimensions as a scale; got 0.",
+        "`weight` must have ndim 1 as a scale; got 0.",
     ),
     "a weight of 6 dimensions": (
         lambda: from_state_dict({"weight": np.ones((1,) * 6)}),
         ValueError,
-        "`weight` must have 2 to 5 dimensions as a kernel; got 6.",
+        "`weight` must have ndim 2 to 5 as a kernel; got 6.",
     ),
     "replicated variables": (
         lambda: to_state_dict({"scale": np.ones((8, 3))}, {}),
         ValueError,
-        "`params/scale` must have 1 dimensions as a scale; got 2.",
+        "`params/scale` must have ndim 1 as a scale; got 2.",
     ),
     "no entries": (
         lambda: from_state_dict(vectors(3), "bn."),
@@ -530,3 +533,281 @@ def test_bad_input(case):
     call, kind, message = CASES[case]
     with pytest.raises(kind, match=re.escape(message)):
         call()
+
+
+def torch_or_skip():
+    return pytest.importorskip("torch", reason="torch is not installed")
+
+
+def flax_layout(x):
+    """A NumPy array, channels last, from a tensor with channels at axis 1."""
+    return np.moveaxis(x.detach().numpy(), 1, -1)
+
+
+def trained(torch, module, *inputs, steps=3):
+    """`module` after training steps, with parameters that are not those of the initialization."""
+    module.train()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.3)
+    for i in range(steps):
+        module(*(3 + 2 * x + i for x in inputs))
+    return module.eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_and_back_bit_for_bit(dtype, tmp_path):
+    torch = torch_or_skip()
+    layer = torch.nn.BatchNorm2d(256).to(getattr(torch, dtype))
+    size = layer.weight.element_size()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    low, high = torch.iinfo(integer).min, torch.iinfo(integer).max
+    patterns = torch.randint(low, high, (256,), dtype=integer)  # NaNs, signaling ones too, and all
+    patterns[:5] = torch.tensor([0, 1, -1, low, low + 1])  # 0, subnormal, NaN, -0, -subnormal
+    with torch.no_grad():
+        layer.weight.copy_(patterns.view(layer.weight.dtype))
+        layer.running_mean[0] = -0.0
+        layer.running_var.uniform_(0, 4)
+    theirs = layer.state_dict()
+    trees = from_state_dict(theirs)
+    np.testing.assert_array_equal(trees[0]["scale"].view(f"i{size}"), patterns.numpy())
+    assert trees[0]["scale"].dtype == DTYPES[dtype]
+    ours = to_state_dict(*trees)
+    assert list(ours) == list(theirs)
+
+    safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+    safetensors.save_file(ours, tmp_path / "layer.safetensors")
+    loaded = pytest.importorskip("safetensors.torch").load_file(tmp_path / "layer.safetensors")
+    for state_dict in (loaded, {key: guide()["tensor"](value) for key, value in ours.items()}):
+        other = torch.nn.BatchNorm2d(256).to(layer.weight.dtype)
+        other.load_state_dict(state_dict, strict=True)
+        for key, value in other.state_dict().items():
+            assert value.dtype == theirs[key].dtype
+            as_bits = integer if value.is_floating_point() else value.dtype
+            assert torch.equal(value.view(as_bits), theirs[key].view(as_bits)), key
+
+
+def test_training_on_in_torch_changes_nothing_here():
+    torch = torch_or_skip()
+    layer = torch.nn.BatchNorm1d(3)
+    trees = from_state_dict(layer.state_dict())
+    before = jax.tree.map(np.copy, trees)
+    trained(torch, layer, torch.randn(8, 3))
+    assert_same(trees, before)
+    layer.weight.data = layer.weight.data.expand(2, 3).T[:, 0]  # not contiguous
+    assert_same(from_state_dict(layer.state_dict())[0]["scale"], layer.weight.detach().numpy())
+    _, stats = from_state_dict(dict(layer.named_parameters()) | dict(layer.named_buffers()))
+    assert stats["count"] == 3  # Parameters need a gradient
+
+
+CONVOLUTIONS = {
+    "1d": ("Conv1d", (2, 4, 9), {"kernel_size": 3}),
+    "2d, strided": ("Conv2d", (2, 4, 8, 7), {"kernel_size": (3, 2), "stride": 2, "padding": 1}),
+    "2d, grouped": ("Conv2d", (2, 4, 6, 6), {"kernel_size": 3, "groups": 2, "padding": 1}),
+    "2d, depthwise": ("Conv2d", (2, 4, 6, 6), {"kernel_size": 5, "groups": 4, "dilation": 1}),
+    "2d, dilated, no bias": ("Conv2d", (2, 4, 9, 9), {"kernel_size": 3, "dilation": 2, "bias": 0}),
+    "3d": ("Conv3d", (2, 4, 5, 6, 7), {"kernel_size": (2, 3, 4), "stride": (1, 2, 3)}),
+    "1d, transposed": ("ConvTranspose1d", (2, 4, 9), {"kernel_size": 3, "stride": 2}),
+    "2d, transposed": (
+        "ConvTranspose2d",
+        (2, 4, 5, 6),
+        {"kernel_size": (4, 3), "stride": 2, "padding": 1, "output_padding": 1},
+    ),
+    "3d, transposed, no bias": (
+        "ConvTranspose3d",
+        (2, 4, 3, 4, 5),
+        {"kernel_size": (2, 3, 4), "dilation": (1, 2, 1), "bias": False},
+    ),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions_are_those_of_torch(case):
+    torch = torch_or_skip()
+    kind, shape, options = CONVOLUTIONS[case]
+    outputs = 6 if options.get("groups") != 4 else 8
+    layer = getattr(torch.nn, kind)(4, outputs, **options).double()
+    transposed = "Transpose" in kind
+    params, stats = from_state_dict(layer.state_dict(), transposed=[""] if transposed else [])
+    assert stats == {}
+    common = {
+        "features": outputs,
+        "kernel_size": layer.kernel_size,
+        "strides": layer.stride,
+        "kernel_dilation": layer.dilation,
+        "use_bias": layer.bias is not None,
+    }
+    if transposed:
+        pads = zip(
+            layer.kernel_size, layer.padding, layer.output_padding, layer.dilation, strict=True
+        )
+        padding = [((k - 1) * d - p, (k - 1) * d - p + q) for k, p, q, d in pads]
+        ours = nn.ConvTranspose(padding=padding, **common)
+    else:
+        padding = [(p, p) for p in layer.padding]
+        ours = nn.Conv(padding=padding, feature_group_count=layer.groups, **common)
+    x = torch.randn(shape, dtype=torch.float64)
+    actual, expected = ours.apply({"params": params}, flax_layout(x)), flax_layout(layer(x))
+    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
+    back = to_state_dict(params, {}, transposed=[""] if transposed else [])
+    layer.load_state_dict({k: torch.from_numpy(v) for k, v in back.items()}, strict=True)
+
+
+@pytest.mark.usefixtures("x64")
+def test_dense_layers_and_other_norms_are_those_of_torch():
+    torch = torch_or_skip()
+    x = 3 + 2 * torch.randn(4, 6, dtype=torch.float64)
+    pairs = [
+        (torch.nn.Linear(6, 5), nn.Dense(5)),
+        (torch.nn.LayerNorm(6), nn.LayerNorm(epsilon=1e-5, use_fast_variance=False)),
+        (torch.nn.GroupNorm(3, 6), nn.GroupNorm(3, epsilon=1e-5, use_fast_variance=False)),
+    ]
+    for theirs, ours in pairs:
+        theirs = trained(torch, theirs.double(), x)
+        params, stats = from_state_dict(theirs.state_dict())
+        assert stats == {}
+        with jax.numpy_dtype_promotion("standard"):  # as Flax needs it
+            actual = ours.apply({"params": params}, x.numpy())
+        np.testing.assert_allclose(actual, theirs(x).detach(), rtol=1e-12, atol=1e-12)
+
+
+WRAPPED = {
+    "DataParallel": lambda torch, net: torch.nn.DataParallel(net),
+    "compile": lambda torch, net: torch.compile(net, backend="eager"),
+    "both": lambda torch, net: torch.nn.DataParallel(torch.compile(net, backend="eager")),
+    "SyncBatchNorm": lambda torch, net: torch.nn.SyncBatchNorm.convert_sync_batchnorm(net),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_wrapped_torch_models(wrapper):
+    torch = torch_or_skip()
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    net = trained(torch, net, torch.randn(4, 3, 5, 5))
+    names = {"0": "conv", "1": "bn"}
+    expected = from_state_dict(net.state_dict(), names=names)
+    wrapped = WRAPPED[wrapper](torch, net)
+    assert_same(from_state_dict(wrapped.state_dict(), names=names), expected)
+    prefix = next(iter(wrapped.state_dict())).removesuffix("0.weight")
+    back = to_state_dict(*expected, prefix, names=names)
+    back = {key: torch.from_numpy(value) for key, value in back.items()}
+    wrapped.load_state_dict(back, strict=True)
+
+
+ERRORS = {
+    "empty": {},
+    "missing, unexpected, another shape": {"weight": (4,), "foo": (1,), "bar": (2, 2)},
+    "shapes": {"weight": (4,), "bias": (3,), "running_mean": (1, 3), "running_var": ()},
+    "a count of another shape": {
+        "weight": (3,),
+        "bias": (3,),
+        "running_mean": (3,),
+        "running_var": (3,),
+        "num_batches_tracked": (2,),
+    },
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_in_the_words_of_torch(case):
+    torch = torch_or_skip()
+    theirs = torch.nn.BatchNorm2d(3)
+    state_dict = {key: torch.ones(shape) for key, shape in ERRORS[case].items()}
+    with pytest.raises(RuntimeError) as expected:
+        theirs.load_state_dict(state_dict)
+    variables = linen.BatchNorm2d(3).init(jax.random.key(0), jnp.ones((2, 3, 4, 4)), True)
+    with pytest.raises(ValueError, match="loading state_dict") as actual:
+        from_state_dict(state_dict, variables=variables)
+    assert str(actual.value) == str(expected.value).replace("BatchNorm2d", "BatchNorm")
+
+
+def test_errors_of_a_model_are_in_the_words_of_torch():
+    torch = torch_or_skip()
+    state_dict, names = network()
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = torch.nn.BatchNorm2d(8)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = torch.nn.Sequential(Block())
+            self.conv = torch.nn.Conv2d(3, 8, (3, 2))
+            self.up = torch.nn.ConvTranspose2d(8, 5, (2, 3))
+            self.fc = torch.nn.Linear(5, 4)
+            self.norm = torch.nn.LayerNorm(4)
+
+    theirs = Net()
+    state_dict = {key: torch.from_numpy(np.array(value)) for key, value in state_dict.items()}
+    theirs.load_state_dict(state_dict)
+    model, x = Flax(NORMS["BatchNorm2d"]), jnp.ones((1, 4, 4, 3))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
+    for key in ("block.0.bn.bias", "conv.weight", "norm.bias"):
+        del state_dict[key]
+    for key in ("block.0.bn.running_var", "up.weight", "fc.weight", "fc.bias", "head.weight"):
+        state_dict[key] = torch.ones(2, 3, 4)
+    with pytest.raises(RuntimeError) as expected:
+        theirs.load_state_dict(state_dict)
+    with pytest.raises(ValueError, match="loading state_dict") as actual:
+        from_state_dict(state_dict, names=names, transposed=["up"], variables=variables)
+    assert str(actual.value) == str(expected.value).replace(" Net:", " the model:")
+
+
+@functools.cache
+def guide():
+    """What the guide's snippets for torch, and the one with the network in Flax, define."""
+    names = {}
+    for kind, snippet in re.findall(r"```(py|python)\n(.*?)```", GUIDE.read_text(), re.DOTALL):
+        if kind == "py" or "flax_names" in snippet:
+            with jax.numpy_dtype_promotion("standard"):
+                exec(snippet, names)
+    return names
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_network_by_the_guide(dtype, request):
+    torch, defined = torch_or_skip(), guide()
+    if dtype == "float64":
+        request.getfixturevalue("x64")
+    tolerance = {"float32": 1e-5, "float64": 1e-12}[dtype]
+    kind = getattr(torch, dtype)
+    theirs, model = copy.deepcopy(defined["torch_model"]).to(kind), defined["model"]
+    trained(torch, theirs, torch.randn(16, 3, 32, 32, dtype=kind))
+    state_dict = {key: value.clone() for key, value in theirs.state_dict().items()}
+    names = defined["flax_names"](state_dict)
+    assert names == defined["names"]
+    params, stats = from_state_dict(state_dict, names=names, variables=defined["variables"])
+    variables = {"params": params, "batch_stats": stats}
+
+    batch = 2 + 3 * torch.randn(8, 3, 32, 32, dtype=kind)
+    x = jnp.asarray(flax_layout(batch))
+    with torch.no_grad():
+        expected = theirs(batch).numpy()
+    actual = jax.jit(functools.partial(model.apply, train=False))(variables, x)
+    assert actual.dtype == dtype
+    largest = np.abs(expected).max()
+    assert np.abs(actual - expected).max() <= tolerance * largest
+    assert expected.std(0).max() > 0.01 * largest  # the samples differ, not only the biases
+
+    with torch.no_grad():
+        expected = theirs.train()(batch).numpy()
+    step = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
+    actual, updates = step(variables, x)
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+    _, after = from_state_dict(theirs.state_dict(), names=names)
+    before = jax.tree.leaves(stats)
+    leaves = zip(before, *map(jax.tree.leaves, (updates["batch_stats"], after)), strict=True)
+    for old, new, target in leaves:
+        assert (old != target).all()
+        assert np.abs(new - target).max() <= tolerance * np.abs(target).max()
+
+    for statistics in (updates["batch_stats"], stats):  # the new ones, then those that came
+        back = to_state_dict(params, statistics, names=names)
+        assert list(back) == list(state_dict)
+        theirs.load_state_dict({k: torch.from_numpy(v) for k, v in back.items()}, strict=True)
+        count = int(theirs.layer1[0].bn2.num_batches_tracked)
+        assert count == statistics["layer1_0"]["bn2"]["count"]
+    for key, value in theirs.state_dict().items():
+        assert_same(value.numpy(), state_dict[key].numpy())
