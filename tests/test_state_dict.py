@@ -266,6 +266,8 @@ def test_counts():
         assert_same(stats["count"], np.array(5, np.int32))
     back = to_state_dict({}, stats)
     assert_same(back["num_batches_tracked"], np.array(5, np.int64))
+    _, stats = from_state_dict(vectors(3) | {"num_batches_tracked": np.array(2**31 - 1)})
+    assert stats["count"] == 2**31 - 1
 
 
 def test_safetensors_files(tmp_path):
@@ -776,7 +778,7 @@ def test_a_network_by_the_guide(dtype, request):
     theirs, model = copy.deepcopy(defined["torch_model"]).to(kind), defined["model"]
     trained(torch, theirs, torch.randn(16, 3, 32, 32, dtype=kind))
     state_dict = {key: value.clone() for key, value in theirs.state_dict().items()}
-    names = defined["flax_names"](state_dict)
+    names = defined["flax_names"](state_dict, defined["variables"])
     assert names == defined["names"]
     params, stats = from_state_dict(state_dict, names=names, variables=defined["variables"])
     variables = {"params": params, "batch_stats": stats}
