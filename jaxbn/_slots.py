@@ -41,10 +41,10 @@ def named_layers(
 ) -> list[Layer]:
     """The layers that `names` lists, or the only one, which has no name."""
     names, transposed = {"": ""} if names is None else names, set(transposed)
-    if not isinstance(names, Mapping):
+    if not isinstance(names, Mapping) or not all(isinstance(p, str) for p in names.values()):
         raise TypeError(
             "`names` must map torch module names to paths of Flax modules, for example "
-            f"{{'layer1.0.bn1': 'layer1_0/bn1'}}; got {type(names).__name__}."
+            f"{{'layer1.0.bn1': 'layer1_0/bn1'}}; got {names!r}."
         )
     unknown = sorted(transposed - names.keys())
     if unknown:
@@ -113,6 +113,10 @@ def slots_of_entries(layers: list[Layer], entries: Mapping[str, Any]) -> dict[st
                 _check_dimensions(layer.prefix + entry, name, len(shape), layer.transposed)
             path = (collection, *layer.path, name)
             slots[layer.prefix + entry] = Slot(path, shape, layer.transposed)
+    paths = {slot.path for slot in slots.values()}
+    inside = ["/".join(p) for p in paths if any(p[:i] in paths for i in range(len(p)))]
+    if inside:
+        raise ValueError(f"`names` must not put a layer inside of a variable; got {inside}.")
     return slots
 
 

@@ -56,11 +56,10 @@ def unwrapped(tensors: dict[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
 def as_array(value: Any, key: str) -> Array:
     """A NumPy, JAX or torch array as a NumPy array, which may share its memory."""
     if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # which has no .numpy()
-            value = value.view(sys.modules["torch"].int16).numpy().view(jnp.bfloat16)
-        else:
-            value = value.numpy()
+        try:
+            value = _from_torch(value.detach().cpu())
+        except (TypeError, NotImplementedError) as error:  # sparse, 8 bits, without data
+            raise type(error)(f"`{key}` cannot become a NumPy array: {error}") from None
     array = np.asarray(value)
     if key.endswith("num_batches_tracked"):
         return array.reshape(()) if array.shape == (1,) else array
@@ -69,6 +68,12 @@ def as_array(value: Any, key: str) -> Array:
             f"`{key}` must have one of the dtypes {', '.join(FLOAT_DTYPES)}; got {array.dtype}."
         )
     return array
+
+
+def _from_torch(tensor: Any) -> Any:
+    if str(tensor.dtype) != "torch.bfloat16":
+        return tensor.numpy()
+    return tensor.view(sys.modules["torch"].int16).numpy().view(jnp.bfloat16)
 
 
 def check_statistics(array: Array, key: str, name: str) -> None:

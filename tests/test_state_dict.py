@@ -84,6 +84,7 @@ def test_every_element_of_a_weight_is_where_flax_has_it(spatial, transposed):
     flags = {"names": {"w": "w"}, "transposed": ["w"] if transposed else []}
     params, stats = from_state_dict({"w.weight": weight}, **flags)
     kernel = params["w"]["kernel"]
+    assert kernel.flags.c_contiguous
     assert kernel.shape == spatial + ((5, 4) if transposed else (4, 5))
     assert stats == {}
     for first, second, *position in np.ndindex(weight.shape):
@@ -333,6 +334,16 @@ CASES = {
         lambda: from_state_dict({}, names=["bn"]),
         TypeError,
         "`names` must map torch module names to paths of Flax modules",
+    ),
+    "paths as tuples": (
+        lambda: from_state_dict({}, names={"a": ("b", "c")}),
+        TypeError,
+        "for example {'layer1.0.bn1': 'layer1_0/bn1'}; got {'a': ('b', 'c')}.",
+    ),
+    "a layer inside of a variable": (
+        lambda: from_state_dict({"a.weight": V3, "b.weight": V3}, names={"b": "a/scale", "a": "a"}),
+        ValueError,
+        "`names` must not put a layer inside of a variable; got ['params/a/scale/scale'].",
     ),
     "a path twice": (
         lambda: to_state_dict({}, {}, names={"a": "bn", "b": "bn", "c": "c"}),
@@ -586,6 +597,14 @@ def test_torch_and_back_bit_for_bit(dtype, tmp_path):
             assert value.dtype == theirs[key].dtype
             as_bits = integer if value.is_floating_point() else value.dtype
             assert torch.equal(value.view(as_bits), theirs[key].view(as_bits)), key
+
+
+def test_tensors_that_numpy_cannot_hold():
+    torch = torch_or_skip()
+    with pytest.raises(TypeError, match=r"`bn\.weight` cannot become a NumPy array: "):
+        from_state_dict({"bn.weight": torch.ones(3, dtype=torch.float8_e4m3fn)}, "bn.")
+    with pytest.raises(NotImplementedError, match="`weight` cannot become a NumPy array: "):
+        from_state_dict({"weight": torch.ones(3, device="meta")})
 
 
 def test_training_on_in_torch_changes_nothing_here():
