@@ -66,10 +66,11 @@ def named_layers(
 def leaves(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """The paths and values of the variables."""
     for name, value in tree.items():
+        inner = (*path, str(name))  # a number in lists of nnx
         if isinstance(value, Mapping):
-            yield from leaves(value, (*path, str(name)))
+            yield from leaves(value, inner)
         else:
-            yield (*path, str(name)), value
+            yield inner, value
 
 
 def slots_of_variables(
@@ -125,8 +126,7 @@ def _shapes_of_module(shapes: Mapping[str, Shape], transposed: bool) -> dict[str
     demanded = {"weight"} if "bias" in shapes or not shapes else set()
     if shapes.keys() & {"running_mean", "running_var", "num_batches_tracked"}:
         demanded |= {"running_mean", "running_var"}
-        given = (shapes.get(entry) for entry in ("running_mean", "running_var", "weight"))
-        vector = next((shape[:1] for shape in given if shape), (1,))
+        vector = next((shape[:1] for shape in shapes.values() if shape), (1,))
         expected = dict.fromkeys(ENTRIES, vector) | {"num_batches_tracked": ()}
     else:
         weight = shapes.get("weight", ())

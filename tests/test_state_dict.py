@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.core import freeze
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,11 +76,14 @@ def test_one_layer():
     assert to_state_dict(params, stats, "net.bn.").keys() == prefixed("net.bn.", state_dict).keys()
 
 
-@pytest.mark.parametrize("spatial", [(), (3,), (3, 2), (2, 3, 4)])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("spatial", "transposed"),
+    [
+        ((), False),
+        *[(sizes, flag) for sizes in ((3,), (3, 2), (2, 3, 4)) for flag in (False, True)],
+    ],
+)
 def test_every_element_of_a_weight_is_where_flax_has_it(spatial, transposed):
-    if transposed and not spatial:
-        return
     weight = np.arange(5 * 4 * np.prod(spatial, dtype=int)).reshape(5, 4, *spatial) / 2
     flags = {"names": {"w": "w"}, "transposed": ["w"] if transposed else []}
     params, stats = from_state_dict({"w.weight": weight}, **flags)
@@ -140,7 +144,8 @@ def test_results_are_copies():
     state_dict, names = network()
     trees = from_state_dict(state_dict, names=names, transposed=["up"])
     before = jax.tree.map(np.copy, trees)
-    back = to_state_dict(*trees, names=names, transposed=["up"])
+    back = to_state_dict(*trees, names=names, transposed=iter(["up"]))
+    assert_same(back, state_dict)
     assert all(v.flags.writeable and v.flags.c_contiguous for v in back.values())
     for value in state_dict.values():
         value[...] = 9
@@ -254,6 +259,35 @@ def test_what_the_dict_lacks_the_layer_lacks(flags):
     assert shapes(params) == shapes(variables.get("params", {}))
     assert shapes(stats) == shapes(variables.get("batch_stats", {}))
     assert list(to_state_dict(params, stats)) == list(state_dict)
+
+
+@pytest.mark.parametrize("entry", ["running_mean", "running_var"])
+def test_one_entry_tells_the_length_of_the_others(entry):
+    state_dict = {key: value for key, value in vectors(3).items() if key not in ("weight", entry)}
+    with pytest.raises(ValueError, match="Missing") as error:
+        from_state_dict(state_dict)
+    problem = f'Missing key(s) in state_dict: "weight", "{entry}". '
+    assert str(error.value) == f"Error(s) in loading state_dict for BatchNorm:\n\t{problem}"
+
+
+def test_lists_of_nnx():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = nnx.List([nnx.Linear(3, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)])
+
+    model = Net(nnx.Rngs(0))
+    _, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
+    variables = dict(zip(("params", "batch_stats"), map(nnx.to_pure_dict, states), strict=True))
+    names = {"0": "blocks/0", "1": "blocks/1"}
+    state_dict = prefixed("1.", vectors(3))
+    state_dict |= {"0.weight": sample((3, 3), 1), "0.bias": sample((3,), 2)}
+    trees = from_state_dict(state_dict, names=names, variables=variables)
+    nnx.update(model, *map(nnx.restore_int_paths, trees))
+    _, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
+    back = to_state_dict(*map(nnx.to_pure_dict, states), names=names)
+    del state_dict["1.num_batches_tracked"]
+    assert back.keys() == state_dict.keys()
+    assert_same(back, state_dict)
 
 
 def test_a_layer_without_variables():
