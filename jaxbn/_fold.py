@@ -1,0 +1,187 @@
+"""Batch norm folded into the linear layer before or behind it, for inference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxbn._checks import check_bool, checked_float, statistics_dtype
+from jaxbn._kernels import Layer, Padding, check_padding, checked_channels, checked_layer
+from jaxbn._normalize import normalize
+from jaxbn._sums import sum_over
+
+
+def fold_into_conv(
+    kernel: ArrayLike,
+    kernel_bias: ArrayLike | None,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    epsilon: float = 1e-5,
+    layout: str = "HWIO",
+    feature_group_count: int = 1,
+    transposed: bool = False,
+    before: bool = False,
+    padding: Padding | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Kernel and bias of the one convolution that a convolution and a batch norm amount to.
+
+    With `k = scale / √(var + epsilon)`, for a batch norm behind the convolution, whose output
+    channels are o, or before it, whose input channels are i:
+
+        behind  kernel' = kernel·k[o]    bias' = (kernel_bias − mean)·k + bias
+        before  kernel' = kernel·k[i]    bias' = kernel_bias + Σ kernel·(bias − mean·k)[i]
+
+    The sum is over all positions and inputs of the kernel. It is right wherever the whole kernel
+    meets normalized values: not where padding adds zeros between the two layers, nor where
+    `input_dilation` or the stride of a transposed convolution does. Strides and dilation of the
+    kernel make no difference.
+
+    Args:
+      kernel: of the convolution, axes as `layout` says; float16, bfloat16, float32 or float64.
+      kernel_bias: the convolution's own bias, shape `[outputs]`; None means 0.
+      mean: running mean, shape `[C]`: a number for each output channel, or input channel for
+        `before`.
+      var: running variance, shape `[C]`.
+      scale: γ, shape `[C]`; None means 1.
+      bias: β, shape `[C]`; None means 0.
+      epsilon: added to the variance inside the square root; a Python number ≥ 0.
+      layout: a letter for each axis of the kernel: I for inputs, O for outputs, and D, H or W for
+        each axis in space. "HWIO" for `flax.linen.Conv` and `ConvTranspose` ("HWOI" with
+        `transpose_kernel`), "OIHW" for `torch.nn.Conv2d`, "IOHW" for `torch.nn.ConvTranspose2d`.
+      feature_group_count: the number of groups of channels. I is then the inputs of one group, and
+        O all outputs; in a depthwise convolution I is 1.
+      transposed: whether the convolution is one of those whose groups lie along I, where O is the
+        outputs of one group: `torch.nn.ConvTranspose2d`.
+      before: whether the batch norm comes in front of the convolution, with nothing in between.
+      padding: the convolution's, in the forms of `flax.linen.Conv`; wanted, for `before`, where the
+        kernel has more than one position: "VALID", pads of 0, "CIRCULAR" or "REFLECT". A kernel of
+        one position is taken to be without padding.
+
+    Returns:
+      `(kernel, bias)`, computed in at least float32 and rounded once: the kernel to the dtype of
+      `kernel`, and the bias, of shape `[outputs]`, to that of `kernel_bias`, or of `kernel` where
+      there is none.
+
+    Raises:
+      TypeError: an array is not real floating point, or a flag is not a bool.
+      ValueError: `layout` does not fit the kernel, a vector does not fit the channels, the groups
+        do not divide them, `epsilon` is negative, the result would not be exact for `before`, or
+        `padding` is given where it makes no difference.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbn
+      >>> kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 4))
+      >>> mean, var, x = jnp.arange(4.0), 1 + jnp.arange(4.0), jnp.ones((1, 8, 8, 2))
+      >>> def conv(kernel):
+      ...     layouts = ("NHWC", "HWIO", "NHWC")
+      ...     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", None, None, layouts)
+      >>> folded, bias = jaxbn.fold_into_conv(kernel, None, mean, var)
+      >>> y = jaxbn.normalize(conv(kernel), mean, var)
+      >>> bool(jnp.allclose(conv(folded) + bias, y, atol=1e-5))
+      True
+
+    References:
+      Jacob et al., "Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference", 2018, section 3.2, https://arxiv.org/abs/1712.05877;
+      `torch.nn.utils.fusion.fuse_conv_bn_eval`.
+    """
+    kernel = checked_float(kernel, "kernel")
+    check_bool(before, "before")
+    layer = checked_layer(kernel.shape, layout, "DHW", feature_group_count, transposed)
+    check_padding(padding, layer, before)
+    return _fold(kernel, kernel_bias, mean, var, scale, bias, epsilon, layer, before)
+
+
+def fold_into_dense(
+    kernel: ArrayLike,
+    kernel_bias: ArrayLike | None,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    epsilon: float = 1e-5,
+    layout: str = "IO",
+    before: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Kernel and bias of the one dense layer that a dense layer and a batch norm amount to.
+
+    With `k = scale / √(var + epsilon)`, for a batch norm behind the dense layer, whose outputs are
+    o, or before it, whose inputs are i:
+
+        behind  kernel' = kernel·k[o]    bias' = (kernel_bias − mean)·k + bias
+        before  kernel' = kernel·k[i]    bias' = kernel_bias + Σ kernel·(bias − mean·k)[i]
+
+    Args:
+      kernel: of the dense layer, shape `[I, O]`; float16, bfloat16, float32 or float64.
+      kernel_bias: the dense layer's own bias, shape `[O]`; None means 0.
+      mean: running mean, shape `[O]`, or `[I]` for `before`.
+      var: running variance, in the shape of `mean`.
+      scale: γ, in the shape of `mean`; None means 1.
+      bias: β, in the shape of `mean`; None means 0.
+      epsilon: added to the variance inside the square root; a Python number ≥ 0.
+      layout: "IO" for `flax.linen.Dense`, "OI" for `torch.nn.Linear`, of shape `[O, I]`.
+      before: whether the batch norm comes in front of the dense layer, with nothing in between.
+
+    Returns:
+      `(kernel, bias)`, as `fold_into_conv` returns them.
+
+    Raises:
+      TypeError: an array is not real floating point, or `before` is not a bool.
+      ValueError: `layout` does not fit the kernel, a vector does not fit the channels, or `epsilon`
+        is negative.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> kernel, mean, var = jnp.array([[1.0, 2.0]]), jnp.array([3.0, 4.0]), jnp.array([4.0, 1.0])
+      >>> jaxbn.fold_into_dense(kernel, None, mean, var, epsilon=0.0)
+      (Array([[0.5, 2. ]], dtype=float32), Array([-1.5, -4. ], dtype=float32))
+
+    References:
+      `torch.nn.utils.fusion.fuse_linear_bn_eval`.
+    """
+    kernel = checked_float(kernel, "kernel")
+    check_bool(before, "before")
+    layer = checked_layer(kernel.shape, layout, "")
+    return _fold(kernel, kernel_bias, mean, var, scale, bias, epsilon, layer, before)
+
+
+def _fold(
+    kernel: jax.Array,
+    kernel_bias: ArrayLike | None,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    epsilon: float,
+    layer: Layer,
+    before: bool,
+) -> tuple[jax.Array, jax.Array]:
+    mean, var = (checked_channels(v, n, layer, before) for n, v in (("mean", mean), ("var", var)))
+    scale, bias = (
+        None if v is None else checked_channels(v, n, layer, before)
+        for n, v in (("scale", scale), ("bias", bias))
+    )
+    outputs = layer.channels[1]
+    if kernel_bias is None:
+        kernel_bias = jnp.zeros(outputs, kernel.dtype)
+    kernel_bias = checked_channels(kernel_bias, "kernel_bias", layer, before=False)
+    wide = statistics_dtype(kernel.dtype, kernel_bias.dtype, mean.dtype, var.dtype)
+    zeros = jnp.zeros(mean.shape, wide)
+    # The slope of batch norm is what it makes of 1 at mean 0.
+    slope = normalize(zeros + 1, zeros, var, scale, epsilon=epsilon).reshape(layer.groups, -1)
+    normalized = functools.partial(
+        normalize, mean=mean, var=var, scale=scale, bias=bias, epsilon=epsilon
+    )
+    parts, offset = layer.split(kernel.astype(wide)), kernel_bias.astype(wide)
+    if before:
+        constant = normalized(zeros).reshape(layer.groups, -1)
+        shares = jnp.moveaxis(parts * constant[:, :, None], -2, 0).reshape(-1, outputs)
+        parts, offset = parts * slope[:, :, None], offset + sum_over(shares, axis=1)
+    else:
+        parts, offset = parts * slope[:, None, :], normalized(offset)
+    return layer.joined(parts).astype(kernel.dtype), offset.astype(kernel_bias.dtype)

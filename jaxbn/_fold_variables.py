@@ -1,0 +1,227 @@
+"""Folding in a whole tree of variables: which layers, by their names, and what is left of it."""
+
+import difflib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._fold import fold_into_conv, fold_into_dense
+from jaxbn._kernels import FLAX_LAYOUTS, Padding
+
+Tree = Mapping[Any, Any]
+Variables = TypeVar("Variables", bound=Tree)
+Pairs = Mapping[str, str] | Iterable[tuple[str, str]]
+
+
+class _Pair(NamedTuple):
+    """The paths of two layers, and whether the batch norm is the first."""
+
+    linear: str
+    norm: str
+    before: bool
+
+
+def fold_variables(
+    variables: Variables, pairs: Pairs, *, epsilon: float = 1e-5, padding: Padding | None = None
+) -> Variables:
+    """Folds the batch norms of a Flax network into the linear layers next to them.
+
+    Each pair of paths becomes one linear layer, by `fold_into_conv` or `fold_into_dense`:
+
+        (linear, norm)  kernel' = kernel·k[o]    bias' = (kernel_bias − mean)·k + bias
+        (norm, linear)  kernel' = kernel·k[i]    bias' = kernel_bias + Σ kernel·(bias − mean·k)[i]
+
+    The result belongs to the same network without those batch norms, its linear layers with
+    `use_bias=True`. A tree of names tells neither strides nor layouts: kernels are taken to have
+    Flax's, `DHWIO`, and those behind a batch norm to be no transposed convolutions. For
+    `nn.ConvTranspose(transpose_kernel=True)` use `fold_into_conv` with "HWOI".
+
+    Args:
+      variables: the collections `params` and `batch_stats`, as `model.init` returns them: dicts or
+        FrozenDicts of NumPy or JAX arrays. It is not changed.
+      pairs: paths of two layers that are applied one right after the other, in this order, for
+        example `[("block_0/Conv_0", "block_0/BatchNorm_0")]`, or a mapping from the first to the
+        second. The one with `mean` and `var` in `batch_stats` is the batch norm, the one with a
+        `kernel` the linear layer. A layer may be in one pair.
+      epsilon: that of the batch norms; a Python number ≥ 0. Where they differ, fold those of each
+        epsilon in a call of their own.
+      padding: that of the convolutions behind a batch norm, as for `fold_into_conv`.
+
+    Returns:
+      A new tree, of the same types, in which the linear layers have a new `kernel` and `bias`, and
+      neither the batch norms nor what would be empty without them is left. The rest is the same.
+
+    Raises:
+      TypeError: `variables` is no mapping, `pairs` no pairs of strings, or as `fold_into_conv`.
+      ValueError: a collection or a path is not there, a pair has no batch norm or two, or no
+        kernel, a layer is in two pairs, a running variance is negative, statistics or results are
+        not finite (where they are not traced), or as `fold_into_conv`.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn
+      >>> class Model(nn.Module):
+      ...     folded: bool = False
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         x = nn.Dense(4, use_bias=self.folded, name="dense")(x)
+      ...         return x if self.folded else nn.BatchNorm(True, name="norm")(x)
+      >>> x = jnp.ones((2, 3))
+      >>> variables = Model().init(jax.random.key(0), x)
+      >>> folded = jaxbn.fold_variables(variables, [("dense", "norm")])
+      >>> jax.tree.map(jnp.shape, folded)
+      {'params': {'dense': {'bias': (4,), 'kernel': (3, 4)}}}
+      >>> y = Model(folded=True).apply(folded, x)
+      >>> bool(jnp.allclose(y, Model().apply(variables, x), atol=1e-6))
+      True
+
+    References:
+      `torch.nn.utils.fusion`; `docs/folding.md`.
+    """
+    linears, norms = _layers(variables)
+    checked = [_checked_pair(pair, linears, norms) for pair in _once_each(pairs)]
+    if padding is not None and not any(
+        pair.before and jnp.ndim(linears[pair.linear]["kernel"]) > 2 for pair in checked
+    ):
+        raise ValueError(
+            "`padding` makes a difference only where a batch norm comes before a convolution; got "
+            f"padding={padding!r} and no such pair. Leave it out."
+        )
+    for linear, norm, before in checked:
+        try:
+            folded = _fold(linears[linear], norms[norm], epsilon, before, padding)
+        except (TypeError, ValueError) as error:
+            error.add_note(f"This was to fold {norm!r} into {linear!r}.")
+            raise
+        new = {**linears[linear], **folded}
+        variables = _with(variables, ["params", *linear.split("/")], new)
+        for collection in ("params", "batch_stats"):
+            variables = _with(variables, [collection, *norm.split("/")], {})
+    return variables
+
+
+def _layers(variables: Tree) -> tuple[dict[str, Tree], dict[str, Tree]]:
+    """The variables of linear layers and of batch norms by their paths."""
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            "`variables` must be a mapping of collections, as `model.init` returns it; got "
+            f"{type(variables).__name__}."
+        )
+    for name in ("params", "batch_stats"):
+        if not isinstance(variables.get(name), Mapping):
+            raise ValueError(
+                "`variables` must have the collections params and batch_stats, as `model.init` "
+                f"returns them; got {', '.join(map(repr, variables)) or 'none'}."
+            )
+    params = dict(_modules(variables["params"]))
+    stats = dict(_modules(variables["batch_stats"]))
+    linears = {path: node for path, node in params.items() if "kernel" in node}
+    norms: dict[str, Tree] = {
+        path: {**params.get(path, {}), **node}
+        for path, node in stats.items()
+        if "mean" in node and "var" in node
+    }
+    return linears, norms
+
+
+def _modules(tree: Tree, parents: tuple[str, ...] = ()) -> Iterator[tuple[str, Tree]]:
+    """Each mapping inside the tree, under its path."""
+    for key, node in tree.items():
+        if isinstance(node, Mapping):
+            path = (*parents, str(key))
+            yield "/".join(path), node
+            yield from _modules(node, path)
+
+
+def _once_each(pairs: Pairs) -> list[tuple[str, str]]:
+    """The pairs as a list, in which no path comes twice."""
+    listed = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
+    for pair in listed:
+        strings = isinstance(pair, Sequence) and all(isinstance(path, str) for path in pair)
+        if isinstance(pair, str) or not strings or len(pair) != 2:
+            raise TypeError(
+                "`pairs` must hold pairs of paths, for example "
+                f'[("block_0/Conv_0", "block_0/BatchNorm_0")]; got {pair!r} in it.'
+            )
+    paths = [path for pair in listed for path in pair]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(
+                f"A layer may come once in `pairs`; {path!r} comes twice. Fold the batch norms "
+                "before and behind a layer in two calls; a layer that feeds two batch norms "
+                "cannot take in either."
+            )
+    return listed
+
+
+def _checked_pair(pair: tuple[str, str], linears: Collection[str], norms: Collection[str]) -> _Pair:
+    first, second = pair
+    for path in pair:
+        if path not in linears and path not in norms:
+            near = difflib.get_close_matches(path, [*linears, *norms], n=3, cutoff=0)
+            raise ValueError(
+                "`pairs` must name linear layers, with a `kernel` in params, and batch norms, with "
+                f"`mean` and `var` in batch_stats; got {path!r}, which is neither. The nearest "
+                f"paths are {', '.join(map(repr, near))}."
+            )
+    if (first in norms) == (second in norms):
+        raise ValueError(
+            "Each of the `pairs` must have one linear layer, with a `kernel` in params, and one "
+            "batch norm, with `mean` and `var` in batch_stats; got "
+            f"{'no linear layer' if first in norms else 'no batch norm'} in {pair!r}."
+        )
+    return _Pair(second, first, True) if first in norms else _Pair(first, second, False)
+
+
+def _fold(
+    linear: Tree, norm: Tree, epsilon: float, before: bool, padding: Padding | None
+) -> dict[str, jax.Array]:
+    """The new kernel and bias of a linear layer from its variables and those of the batch norm."""
+    mean, var, kernel = norm["mean"], norm["var"], linear["kernel"]
+    arrays = kernel, linear.get("bias"), mean, var, norm.get("scale"), norm.get("bias")
+    if jnp.ndim(kernel) == 2:
+        folded = fold_into_dense(*arrays, epsilon=epsilon, before=before)
+    else:
+        # A kernel has all outputs along O, whatever the groups, but the inputs of one along I.
+        groups = jnp.size(mean) // jnp.shape(kernel)[-2] if before and jnp.ndim(kernel) > 2 else 1
+        folded = fold_into_conv(
+            *arrays,
+            epsilon=epsilon,
+            layout=FLAX_LAYOUTS.get(jnp.ndim(kernel), "HWIO"),
+            feature_group_count=max(groups, 1),
+            before=before,
+            padding=padding if before else None,
+        )
+    _check("The running mean must be finite", mean, jnp.isfinite)
+    _check("The running variance must be finite and not negative", var, _is_variance)
+    for name, value in zip(("kernel", "bias"), folded, strict=True):
+        _check(f"The folded {name} must be finite in {value.dtype}", value, jnp.isfinite)
+    return dict(zip(("kernel", "bias"), folded, strict=True))
+
+
+def _is_variance(var: jax.Array) -> jax.Array:
+    return jnp.isfinite(var) & (var >= 0)
+
+
+def _check(requirement: str, value: Any, valid: Callable[[jax.Array], jax.Array]) -> None:
+    """Refuses values where they are known: a network of NaNs would not say why."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():  # constants inside of jit are known, too
+        wrong = int(jnp.logical_not(valid(jnp.asarray(value))).sum())
+    if wrong:
+        raise ValueError(f"{requirement}; got {wrong} of {jnp.size(value)} values that are not.")
+
+
+def _with(tree: Any, path: Sequence[str], node: Tree) -> Any:
+    """`tree` with `node` at `path`; where that is empty, without it and what it leaves empty."""
+    if not path:
+        return type(tree)(node)
+    branches = {}
+    for key, branch in tree.items():
+        if str(key) != path[0]:
+            branches[key] = branch
+        elif new := _with(branch, path[1:], node):
+            branches[key] = new
+    return type(tree)(branches)

@@ -1,0 +1,152 @@
+"""Kernels of linear layers: the order of their axes, their channels and groups, their padding."""
+
+import numbers
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxbn._checks import check_bool, checked_float
+
+# As `flax.linen.Conv` takes it.
+Padding = str | int | Sequence[int | tuple[int, int]]
+
+FLAX_LAYOUTS = {2: "IO", 3: "WIO", 4: "HWIO", 5: "DHWIO"}
+WITHOUT_ZEROS = ("VALID", "CIRCULAR", "REFLECT")
+BY_SIZE = ("SAME", "SAME_LOWER", "CAUSAL")  # none for kernels of one position
+
+
+class Layer(NamedTuple):
+    """A linear layer: its kernel's shape, the letters of the axes, and how channels are grouped.
+
+    The groups lie along the axis O, or along I in a transposed convolution.
+    """
+
+    shape: tuple[int, ...]
+    layout: str
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """The sizes of the axes in space."""
+        return tuple(
+            n for n, letter in zip(self.shape, self.layout, strict=True) if letter in "DHW"
+        )
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """How many channels go in and come out."""
+        inputs, outputs = (self.shape[axis] for axis in self._axes)
+        return (
+            (inputs, outputs * self.groups) if self.transposed else (inputs * self.groups, outputs)
+        )
+
+    @property
+    def _axes(self) -> tuple[int, int]:
+        return self.layout.index("I"), self.layout.index("O")
+
+    def split(self, kernel: jax.Array) -> jax.Array:
+        """`kernel` as `[..., groups, inputs of a group, outputs of a group]`."""
+        kernel = jnp.moveaxis(kernel, self._axes, (-2, -1))
+        *spatial, inputs, outputs = kernel.shape
+        if self.transposed:
+            return kernel.reshape(*spatial, self.groups, inputs // self.groups, outputs)
+        kernel = kernel.reshape(*spatial, inputs, self.groups, outputs // self.groups)
+        return jnp.moveaxis(kernel, -2, -3)
+
+    def joined(self, parts: jax.Array) -> jax.Array:
+        """The kernel that `split` gave as `parts`."""
+        parts = parts if self.transposed else jnp.moveaxis(parts, -3, -2)
+        inputs, outputs = (self.shape[axis] for axis in self._axes)
+        kernel = parts.reshape(*self.spatial, inputs, outputs)
+        return jnp.moveaxis(kernel, (-2, -1), self._axes)
+
+
+def checked_layer(
+    shape: tuple[int, ...], layout: str, letters: str, groups: int = 1, transposed: bool = False
+) -> Layer:
+    """The layer with a kernel of this shape, axes in space being some of `letters`."""
+    letters_fit = (
+        isinstance(layout, str)
+        and len(layout) == len({*layout}) == len(shape)
+        and {*"IO"} <= {*layout} <= {*"IO" + letters}
+    )
+    if not letters_fit:
+        example = FLAX_LAYOUTS.get(len(shape) if letters else 2)
+        raise ValueError(
+            "`layout` must name each axis of `kernel` once: I for inputs, O for outputs"
+            + (f", and one of {', '.join(letters)} for each axis in space" if letters else "")
+            + f"; got layout={layout!r} for kernel.shape={shape}."
+            + (f" Flax's is {example!r}." if example else "")
+        )
+    check_bool(transposed, "transposed")
+    if not isinstance(groups, numbers.Integral) or isinstance(groups, bool) or groups < 1:
+        raise ValueError(f"`feature_group_count` must be an int of at least 1; got {groups!r}.")
+    letter = "I" if transposed else "O"
+    size = shape[layout.index(letter)]
+    if size % groups:
+        raise ValueError(
+            f"`feature_group_count` must divide the axis {letter} of the kernel of a "
+            f"{'transposed ' if transposed else ''}convolution; got {groups} for kernel.shape="
+            f"{shape}, of which {letter} is {size} in layout={layout!r}."
+        )
+    return Layer(shape, layout, int(groups), bool(transposed))
+
+
+def checked_channels(value: ArrayLike, name: str, layer: Layer, before: bool) -> jax.Array:
+    """`value` as an array, refused unless it has one number for each input or output channel."""
+    vector = checked_float(value, name)
+    size, other = layer.channels if before else layer.channels[::-1]
+    if vector.shape == (size,):
+        return vector
+    options = f"kernel.shape={layer.shape}, layout={layer.layout!r}"
+    if layer.spatial:
+        options += f", feature_group_count={layer.groups}, transposed={layer.transposed}"
+    turned = name != "kernel_bias" and vector.shape == (other,)
+    side = "in front of" if not before else "behind"
+    raise ValueError(
+        f"`{name}` must have shape ({size},), one number for each channel that "
+        f"{'enters' if before else 'leaves'} the linear layer; got {vector.shape} for {options}."
+        + (f" For a batch norm {side} the layer pass before={not before}." if turned else "")
+    )
+
+
+def check_padding(padding: Padding | None, layer: Layer, before: bool) -> None:
+    """No padding may stand between a batch norm and the convolution that it is folded into."""
+    if padding is not None and (not before or layer.transposed):
+        raise ValueError(
+            "`padding` makes a difference only where a batch norm comes before a convolution that "
+            f"is not transposed; got padding={padding!r} with before={before}, "
+            f"transposed={layer.transposed}. Leave it out."
+        )
+    pointwise = all(n == 1 for n in layer.spatial)
+    if not before or (padding is None and pointwise):
+        return
+    if layer.transposed:
+        raise ValueError(
+            "A batch norm in front of a transposed convolution can be folded only into a kernel of "
+            "one position (at stride 1): otherwise the number of inputs that meet in an output, "
+            "and with it the share of the batch norm's bias, differs from place to place; got "
+            f"kernel.shape={layer.shape}. Leave this batch norm as it is."
+        )
+    if not _without_zeros(padding, len(layer.spatial), pointwise):
+        raise ValueError(
+            "`padding` must be given where a batch norm comes before a convolution, and be one "
+            f"without zeros: {', '.join(WITHOUT_ZEROS)} or pads of 0; got {padding!r} for "
+            f"kernel.shape={layer.shape}. The layer pads what the batch norm has normalized. "
+            "Folded, it would pad what is not normalized yet, and zeros there mean another value. "
+            "Leave this batch norm as it is."
+        )
+
+
+def _without_zeros(padding: Any, rank: int, pointwise: bool) -> bool:
+    if isinstance(padding, str):
+        return padding.upper() in (*WITHOUT_ZEROS, *(BY_SIZE if pointwise else ()))
+    pads = [padding] * rank if isinstance(padding, numbers.Integral) else padding
+    if not isinstance(pads, Sequence) or len(pads) != rank:
+        return False
+    sides = [side for pad in pads for side in (pad if isinstance(pad, Sequence) else (pad,))]
+    return all(isinstance(side, numbers.Integral) and side <= 0 for side in sides)
