@@ -181,11 +181,12 @@ def torch_layer(kind, *arguments, **options):
     """A torch layer in float64, in inference mode, its parameters away from 0 and 1."""
     torch = pytest.importorskip("torch", reason="torch is the second referee")
     layer = getattr(torch.nn, kind)(*arguments, dtype=torch.float64, **options).eval()
-    tensors = [p for p in (*layer.parameters(), *layer.buffers()) if p.is_floating_point()]
+    tensors = itertools.chain(layer.named_parameters(), layer.named_buffers())
     with torch.no_grad():
-        for i, tensor in enumerate(tensors):
-            value = sample(tuple(tensor.shape), 30 + i, 0.4, 0.6)
-            tensor.copy_(torch.tensor(value**2 if i == 3 else value))
+        for i, (name, tensor) in enumerate(tensors):
+            if tensor.is_floating_point():
+                value = sample(tuple(tensor.shape), 30 + i, 0.4, 0.6)
+                tensor.copy_(torch.tensor(value**2 if name == "running_var" else value))
     return layer
 
 
@@ -314,7 +315,7 @@ def test_a_bias_near_a_large_mean_does_not_cancel():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("epsilon", [1e-5, 1e-300, 0.0])
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-290, 0.0])
 def test_tiny_variances(epsilon):
     smallest = np.finfo(np.float64).tiny
     var = np.array([smallest, 1e-300, 1e-20, 1.0] + [0.0, 5e-324, smallest / 4] * (epsilon > 0))
@@ -322,10 +323,9 @@ def test_tiny_variances(epsilon):
     scale[0] = 2.0
     x, kernel = sample((5, 4), 4), kernel_of("IO", 4, len(var))
     folded, shift = jaxbn.fold_into_dense(kernel, None, mean, var, scale, bias, epsilon=epsilon)
-    for c, (y, expected) in enumerate(
-        zip((x @ folded + shift).T, normalized(x @ kernel, mean, var, scale, bias, 1, epsilon).T)
-    ):
-        assert error(y, expected) <= 1e-12, c
+    expected = normalized(x @ kernel, mean, var, scale, bias, 1, epsilon)
+    for c in range(len(var)):  # each by itself: they are of very different sizes
+        assert error((x @ folded + shift)[:, c], expected[:, c]) <= 1e-12, c
 
 
 @pytest.mark.usefixtures("x64")
@@ -359,7 +359,7 @@ def test_transforms():
 NORMS = {
     "jaxbn.linen.BatchNorm": lambda **o: linen.BatchNorm(**o),
     "jaxbn.linen.BatchNorm2d": lambda **o: linen.BatchNorm2d(_features(o), axis=-1, **o),
-    "flax.linen.BatchNorm": lambda **o: nn.BatchNorm(**o),
+    "flax.linen.BatchNorm": lambda **o: nn.BatchNorm(force_float32_reductions=False, **o),
 }
 
 
