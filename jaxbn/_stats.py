@@ -1,5 +1,6 @@
 """Running statistics: the value a model keeps, and the only place that knows about momentum."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,52 @@ count=Array(0, dtype=int32))
     mean: jax.Array
     var: jax.Array
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as documented
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, ArrayLike]) -> "BatchStats":
+        """The statistics of a checkpoint that was read without a target: arrays by name.
+
+        `stats._asdict()` is the way back.
+
+        Args:
+          mapping: `mean` and `var` of shape `[C]`, float32 or float64, and `count`, an integer; a
+            dict, or what `numpy.load` opens.
+
+        Returns:
+          `BatchStats` of the same numbers, `count` as int32.
+
+        Raises:
+          TypeError: an array is of another dtype, or float64 while JAX is limited to 32 bits.
+          ValueError: a name is missing or unknown, or a shape is another one.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxbn
+          >>> saved = {"mean": jnp.zeros(2), "var": jnp.ones(2), "count": 7}
+          >>> int(jaxbn.BatchStats.from_mapping(saved).count)
+          7
+          >>> jaxbn.BatchStats.from_mapping({"running_mean": jnp.zeros(2)})
+          Traceback (most recent call last):
+          ...
+          ValueError: BatchStats has the names mean, var, count; missing: mean, var, count; \
+unknown: running_mean. For torch's names use `jaxbn.torch.from_state_dict`.
+        """
+        _check_names(mapping)
+        stats = checked_stats(cls(*(checked_array(mapping[name], name) for name in cls._fields)))
+        for name in ("mean", "var"):
+            given, kept = getattr(mapping[name], "dtype", None), getattr(stats, name).dtype
+            if given == jnp.float64 and kept != given:
+                raise TypeError(
+                    f"`{name}` is float64, which would be rounded to {kept}. Enable 64-bit types "
+                    'with jax.config.update("jax_enable_x64", True), or convert it with '
+                    ".astype(jnp.float32)."
+                )
+        if stats.mean.ndim != 1 or stats.var.shape != stats.mean.shape or stats.count.ndim:
+            raise ValueError(
+                "`mean` and `var` must be vectors of the same channels, and `count` a scalar; got "
+                f"the shapes {stats.mean.shape}, {stats.var.shape} and {stats.count.shape}."
+            )
+        dtype = stats.mean.dtype  # explicit, which makes weak types strong
+        return cls(stats.mean.astype(dtype), stats.var.astype(dtype), jnp.int32(stats.count))
 
 
 jax.export.register_namedtuple_serialization(BatchStats, serialized_name="jaxbn.BatchStats")
@@ -180,6 +227,22 @@ def checked_stats(stats: BatchStats) -> BatchStats:
             f"got {stats.count.dtype}. Use .astype(jnp.int32)."
         )
     return stats
+
+
+def _check_names(mapping: Mapping[str, ArrayLike]) -> None:
+    missing = [name for name in BatchStats._fields if name not in mapping]
+    unknown = [str(name) for name in mapping if name not in BatchStats._fields]
+    hint = ""
+    if any(name.endswith(("running_mean", "running_var")) for name in unknown):
+        hint = " For torch's names use `jaxbn.torch.from_state_dict`."
+    elif missing == ["count"]:
+        hint = " Where none was kept, as by Flax, add count=0."
+    if missing or unknown:
+        raise ValueError(
+            f"BatchStats has the names {', '.join(BatchStats._fields)}; "
+            f"missing: {', '.join(missing) or 'none'}; "
+            f"unknown: {', '.join(unknown) or 'none'}.{hint}"
+        )
 
 
 def _check_shapes(stats: BatchStats, moments: Moments) -> None:

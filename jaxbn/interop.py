@@ -1,0 +1,260 @@
+"""Running statistics of Haiku, Equinox and Keras as `BatchStats`, and back.
+
+Arrays, tuples and dicts go in and out, outside of `jit`, and none of the libraries is imported.
+Evaluation with the converted values gives the same output.
+
+Bessel's correction and momentum are properties of updates, not of values. With m for the weight of
+the **old** statistics, `momentum` or `decay_rate` there, `jaxbn.batch_norm` continues each by
+
+    Flax, Keras, Equinox "ema"      momentum=1 − m,                                unbiased=False
+    Haiku, Equinox "batch"          momentum=(1 − m) / (1 − m**(stats.count + 1)), unbiased=False
+
+The second is an average from zero, divided by the sum of its weights. Flax needs no converter:
+`BatchStats.from_mapping({**batch_stats, "count": 0})`.
+
+References:
+  `haiku.BatchNorm` of dm-haiku 0.0.17, `equinox.nn.BatchNorm` of equinox 0.13.8,
+  `keras.layers.BatchNormalization` of keras 3.15.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxbn._stats import BatchStats, checked_stats
+
+
+def from_haiku(state: Mapping[str, Any], module: str = "batch_norm") -> BatchStats:
+    """The statistics by which a `haiku.BatchNorm` normalizes with `is_training=False`.
+
+        mean = mean_ema.average        var = var_ema.average        count = counter
+
+    The parameters are in the layout of the averages, with a 1 for each axis but the channels:
+    `params[module]["scale"].ravel()` is the scale, `params[module]["offset"].ravel()` the bias.
+
+    Args:
+      state: what `apply` of `haiku.transform_with_state` returns.
+      module: the name of the layer in it, such as "resnet/~/batch_norm".
+
+    Returns:
+      `BatchStats` of shape `[C]`.
+
+    Raises:
+      ValueError: the layer is not in `state`, has seen no batch, or keeps more axes than one.
+
+    Example:
+      >>> import jax.numpy as jnp; from jaxbn import interop
+      >>> ema = {"average": jnp.array([[3.0, 4.0]]), "counter": jnp.array(5)}
+      >>> interop.from_haiku({"batch_norm/~/mean_ema": ema, "batch_norm/~/var_ema": ema}).mean
+      Array([3., 4.], dtype=float32)
+    """
+    mean, var = (state[name] for name in _names(state, module))
+    if mean["average"].size != max(mean["average"].shape):
+        raise ValueError(f"Only the channels may be left; got averages of {mean['average'].shape}.")
+    if mean["counter"] != var["counter"] or mean["counter"] < 1:
+        raise ValueError(
+            "`mean_ema` and `var_ema` must have averaged as many batches, at least 1; got "
+            f"{mean['counter']} and {var['counter']}. Before the first, use init_batch_stats."
+        )
+    return _stats([ema["average"].ravel() for ema in (mean, var)], mean["counter"])
+
+
+def to_haiku(
+    stats: BatchStats, state: Mapping[str, Any], module: str = "batch_norm", *, decay_rate: float
+) -> dict[str, Any]:
+    """`state` with these statistics in the layer of this name.
+
+        average = mean, var        hidden = average·(1 − decay_rate**count)        counter = count
+
+    Args:
+      stats: statistics of shape `[C]` and of 1 batch or more.
+      state: one that has the layer, such as `init` returns: it tells the layout.
+      module: the name of the layer in it.
+      decay_rate: that of the layer, in [0, 1).
+
+    Returns:
+      A new state, of which `from_haiku` is the inverse; Haiku's own `hidden` is met up to rounding.
+
+    Raises:
+      TypeError: `stats` is no BatchStats.
+      ValueError: `stats` is of no batches or of other channels, or the layer is not in `state`.
+
+    Example:
+      >>> import jax.numpy as jnp; from jaxbn import BatchStats, interop
+      >>> ema = {"average": jnp.zeros((1, 2)), "hidden": jnp.zeros((1, 2)), "counter": jnp.array(0)}
+      >>> state = {"batch_norm/~/mean_ema": ema, "batch_norm/~/var_ema": ema}
+      >>> stats = BatchStats(jnp.array([1.0, 2.0]), jnp.array([4.0, 8.0]), jnp.array(1))
+      >>> interop.to_haiku(stats, state, decay_rate=0.75)["batch_norm/~/var_ema"]["hidden"]
+      Array([[1., 2.]], dtype=float32)
+    """
+    stats = checked_stats(stats)
+    weights = _sum_of_weights(stats, decay_rate)
+    if not stats.count:
+        raise ValueError("Haiku has no average of 0 batches; use stats._replace(count=…).")
+    emas: dict[str, Any] = {}
+    for name, average in zip(_names(state, module), stats[:2], strict=True):
+        shape = state[name]["average"].shape
+        if not average.size == max(shape) == state[name]["average"].size:
+            raise ValueError(f"`stats` are of {average.size} channels, those in {name} of {shape}.")
+        hidden = (average * weights).reshape(shape)
+        emas[name] = {"average": average.reshape(shape), "hidden": hidden, "counter": stats.count}
+    return {**state, **emas}
+
+
+def from_equinox(
+    counter: ArrayLike, averages: Sequence[ArrayLike], *, momentum: float | None = None
+) -> BatchStats:
+    """The statistics by which an `equinox.nn.BatchNorm` normalizes in inference.
+
+        mode="ema"      mean, var = averages                               count = 0: none is kept
+        mode="batch"    mean, var = averages / (1 − momentum**counter)     count = counter
+
+    In mode "ema" Equinox normalizes by these in training, too, and `jaxbn.batch_norm` by those of
+    the batch. In mode "batch" its variance starts at 1, not 0, which divided by
+    `1 − momentum**counter` is too large for hundreds of batches; it converts as it is.
+
+    Args:
+      counter: `state.get` of the layer's `ema_first_time_index` or `batch_counter`.
+      averages: `state.get` of its `ema_state_index` or `batch_state_index`.
+      momentum: that of the layer, in [0, 1), in mode "batch"; None in mode "ema".
+
+    Returns:
+      `BatchStats` of shape `[C]`.
+
+    Raises:
+      ValueError: `momentum` is of the other mode, or nothing has been averaged in mode "ema".
+
+    Example:
+      >>> import jax.numpy as jnp; from jaxbn import interop
+      >>> hidden = jnp.array([3.0]), jnp.array([1.0])
+      >>> interop.from_equinox(jnp.array(1), hidden, momentum=0.75).mean
+      Array([12.], dtype=float32)
+    """
+    kind = np.asarray(counter).dtype.kind
+    if (kind == "b") != (momentum is None):
+        raise ValueError(
+            '`momentum` must be None in mode "ema", where `counter` is a bool, and that of the '
+            f'layer in mode "batch", where it is an integer; got {momentum} beside {counter}.'
+        )
+    if kind == "b" and counter:
+        raise ValueError("Equinox has set no averages before a batch; use init_batch_stats.")
+    stats = _stats(averages, 0 if kind == "b" else counter)
+    weights = 1 if momentum is None else _sum_of_weights(stats, momentum)
+    return stats._replace(mean=stats.mean / weights, var=stats.var / weights)
+
+
+def to_equinox(
+    stats: BatchStats, *, momentum: float | None = None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """What `from_equinox` takes to give these statistics, in mode "batch" up to rounding.
+
+    Args:
+      stats: statistics of shape `[C]`; in mode "ema" with a count of 0, for none is kept.
+      momentum: that of the layer, in [0, 1), in mode "batch"; None in mode "ema".
+
+    Returns:
+      `(counter, averages)`, for `state.set` with the indices that `from_equinox` names.
+
+    Raises:
+      TypeError: `stats` is no BatchStats.
+      ValueError: the count would be lost, is 0 in mode "batch" beside other statistics than those
+        of `init_batch_stats`, or `momentum` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp; from jaxbn import BatchStats, interop
+      >>> stats = BatchStats(jnp.array([12.0]), jnp.array([4.0]), jnp.array(1))
+      >>> interop.to_equinox(stats, momentum=0.75)[1]
+      (Array([3.], dtype=float32), Array([1.], dtype=float32))
+    """
+    if momentum is None:
+        mean, var, _ = _uncounted(stats, 'Equinox in mode "ema"')
+        return jnp.array(False), (mean, var)
+    stats = checked_stats(stats)
+    weights = _sum_of_weights(stats, momentum)
+    if not stats.count and ((stats.mean != 0) | (stats.var != 1)).any():
+        raise ValueError("Averages of 0 batches are 0 and 1; use stats._replace(count=…).")
+    return jnp.array(int(stats.count)), (stats.mean * weights, stats.var * weights)
+
+
+def from_keras(weights: Sequence[ArrayLike]) -> BatchStats:
+    """The statistics by which a `keras.layers.BatchNormalization` normalizes in inference.
+
+        mean, var = the last two weights        count = 0: none is kept
+
+    Those in front are gamma (`scale`) and beta (`bias`). Keras' default for `epsilon` is 1e-3.
+
+    Args:
+      weights: `layer.get_weights()`.
+
+    Returns:
+      `BatchStats` of shape `[C]`.
+
+    Raises:
+      ValueError: there are not 2 to 4 weights (batch renormalization has more), or shapes differ.
+
+    Example:
+      >>> import numpy as np; from jaxbn import interop
+      >>> interop.from_keras(np.float32([[1, 1], [0, 0], [2, 3], [4, 5]])).var
+      Array([4., 5.], dtype=float32)
+    """
+    if not 2 <= len(weights) <= 4:
+        raise ValueError(
+            "`weights` must be gamma and beta, where there are any, moving_mean and "
+            f"moving_variance; got {len(weights)} arrays."
+        )
+    return _stats(weights[-2:], 0)
+
+
+def to_keras(stats: BatchStats) -> list[np.ndarray[Any, Any]]:
+    """The last two weights of a Keras layer, for `set_weights([scale, bias, *to_keras(stats)])`.
+
+    Args:
+      stats: statistics of shape `[C]`, with a count of 0, for none is kept.
+
+    Returns:
+      `[moving_mean, moving_variance]`.
+
+    Raises:
+      TypeError: `stats` is no BatchStats.
+      ValueError: the count, which would be lost, is not 0.
+
+    Example:
+      >>> import jax.numpy as jnp; from jaxbn import BatchStats, interop
+      >>> interop.to_keras(BatchStats(jnp.array([2.0]), jnp.array([4.0]), jnp.array(0)))
+      [array([2.], dtype=float32), array([4.], dtype=float32)]
+    """
+    return [np.asarray(vector) for vector in _uncounted(stats, "Keras")[:2]]
+
+
+def _names(state: Mapping[str, Any], module: str) -> tuple[str, str]:
+    names = f"{module}/~/mean_ema", f"{module}/~/var_ema"
+    if not set(names) <= set(state):
+        raise ValueError(f"`state` must have {' and '.join(names)}; it has {', '.join(state)}.")
+    return names
+
+
+def _stats(averages: Sequence[ArrayLike], count: ArrayLike) -> BatchStats:
+    return BatchStats.from_mapping({"mean": averages[0], "var": averages[1], "count": count})
+
+
+def _uncounted(stats: BatchStats, library: str) -> BatchStats:
+    stats = checked_stats(stats)
+    if stats.count:
+        raise ValueError(
+            f"{library} keeps no count of batches: {stats.count}, that of `stats`, would be lost. "
+            "To drop it, pass stats._replace(count=jnp.int32(0))."
+        )
+    return stats
+
+
+def _sum_of_weights(stats: BatchStats, decay: float) -> jax.Array:
+    """`1 − decay**count`, rounded as Haiku and Equinox do it; 1 before the first batch."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"The weight of the old statistics must be in [0, 1); got {decay}.")
+    one = jnp.ones((), stats.mean.dtype)
+    weights = one - jnp.power(jnp.asarray(decay, one.dtype), stats.count)
+    return jnp.where(stats.count == 0, one, weights)
