@@ -18,5 +18,6 @@ from jaxbn._normalize import normalize as normalize
 from jaxbn._stats import BatchStats as BatchStats
 from jaxbn._stats import init_batch_stats as init_batch_stats
 from jaxbn._stats import update_batch_stats as update_batch_stats
+from jaxbn._weight_decay import weight_decay_mask as weight_decay_mask
 
 __version__ = _version("jaxbn")
