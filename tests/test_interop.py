@@ -1,6 +1,8 @@
 """Running statistics to and from the layers of other libraries, which are the referees."""
 
 import re
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -17,6 +19,7 @@ STATS = jaxbn.BatchStats(
     *(jnp.asarray(sample(CHANNELS, seed, 3.0, 0.5, np.float32)) for seed in (7, 8)), jnp.int32(4)
 )
 INITIAL = jaxbn.init_batch_stats(CHANNELS)
+SIX = jaxbn.init_batch_stats(6)._replace(count=jnp.int32(1))
 
 
 def batches(steps, seed=0, dtype=np.float32):
@@ -303,6 +306,14 @@ def test_flax_needs_no_converter():
     assert_close([actual.mean, actual.var], [trained["mean"], trained["var"]])
 
 
+def test_no_library_is_imported():
+    check = (
+        "import sys, jaxbn.interop; "
+        "assert not {'equinox', 'flax', 'haiku', 'keras'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
 def haiku_state(average=STATS.mean[None], counter=3, other=None):
     other = counter if other is None else other
     return {
@@ -343,9 +354,9 @@ CASES = {
         "`stats` are of 5 channels, those in batch_norm/~/mean_ema of (1, 3).",
     ),
     "several axes for haiku": (
-        lambda: interop.to_haiku(STATS, haiku_state(jnp.ones((5, 2, 1, 1))), decay_rate=0.9),
+        lambda: interop.to_haiku(SIX, haiku_state(jnp.ones((1, 2, 3))), decay_rate=0.9),
         ValueError,
-        "`stats` are of 5 channels, those in batch_norm/~/mean_ema of (5, 2, 1, 1).",
+        "`stats` are of 6 channels, those in batch_norm/~/mean_ema of (1, 2, 3).",
     ),
     "decay rate": (
         lambda: interop.to_haiku(STATS, haiku_state(), decay_rate=1.0),
