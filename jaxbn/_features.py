@@ -19,8 +19,8 @@ def feature_axes(axis: int | Sequence[int], shape: tuple[int, ...]) -> tuple[int
     return tuple(sorted({checked_axis(shape, one) for one in axes}))
 
 
-class Flattening(NamedTuple):
-    """Arrays of a shape, with the channels moved to the end and made one axis, and back."""
+class Features(NamedTuple):
+    """The channel axes of arrays of a shape, moved to the end and made one, and back."""
 
     shape: tuple[int, ...]
     axes: tuple[int, ...]

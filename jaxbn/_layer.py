@@ -1,5 +1,6 @@
 """What a layer does with its variables, whether Linen or NNX owns them."""
 
+import functools
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn._batch_norm import batch_norm
 from jaxbn._checks import axis_hint, check_bool, checked_axis, statistics_dtype
 from jaxbn._complex import complex_batch_norm, complex_moments, complex_normalize
-from jaxbn._features import Flattening, feature_axes
+from jaxbn._features import Features, feature_axes
 from jaxbn._moments import batch_moments
 from jaxbn._normalize import normalize
 from jaxbn._stats import BatchStats
@@ -75,7 +76,7 @@ def torch_layer(
         running,
         scale,
         bias,
-        train,
+        train=train,
         axis=layer.axis,
         dtype=jnp.dtype(layer.dtype or x.dtype),
         momentum=layer.momentum,
@@ -109,34 +110,25 @@ def flax_layer(
         )
     if jnp.issubdtype(x.dtype, jnp.integer):
         x = x.astype(jnp.float32)
-    axes = feature_axes(layer.axis, x.shape)
-    flattening = Flattening(x.shape, axes) if len(axes) > 1 else None
-    features = running["mean"].shape
-    if flattening is not None:
-        x = flattening.flat(x)
-        mask, residual = (None if v is None else flattening.flat(v) for v in (mask, residual))
-        scale, bias = (None if v is None else v.reshape(-1) for v in (scale, bias))
-        running = {name: value.reshape(-1) for name, value in running.items()}
-    y, running = _layer(
+    run = functools.partial(
+        _layer,
         layer,
-        x,
-        running,
-        scale,
-        bias,
-        train,
-        axis=axes[0] if flattening is None else -1,
+        train=train,
         dtype=dtype,
         momentum=1 - layer.momentum,
         unbiased=False,
         epsilon=layer.epsilon,
-        mask=mask,
-        residual=residual,
         initializing=initializing,
     )
-    if flattening is not None:
-        y = flattening.restored(y)
-        running = {name: value.reshape(features) for name, value in running.items()}
-    return y, running
+    axes = feature_axes(layer.axis, x.shape)
+    if len(axes) == 1:
+        return run(x, running, scale, bias, axis=axes[0], mask=mask, residual=residual)
+    several = Features(x.shape, axes)
+    mask, residual = (None if v is None else several.flat(v) for v in (mask, residual))
+    scale, bias = (None if v is None else v.reshape(-1) for v in (scale, bias))
+    vectors = {name: value.reshape(-1) for name, value in running.items()}
+    y, new = run(several.flat(x), vectors, scale, bias, axis=-1, mask=mask, residual=residual)
+    return several.restored(y), {name: v.reshape(running[name].shape) for name, v in new.items()}
 
 
 def _layer(
@@ -145,8 +137,8 @@ def _layer(
     running: Running,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    train: Any,
     *,
+    train: Any,
     axis: int,
     dtype: DTypeLike,
     epsilon: float,
