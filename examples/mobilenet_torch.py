@@ -1,0 +1,71 @@
+"""The network of `mobilenet` in torch, for comparison.
+
+`python examples/mobilenet_torch.py` records its features in `mobilenet_features.npz` anew; that
+needs torch, and the weights that `pretrained` has.
+"""
+
+import collections
+from collections.abc import Mapping
+from typing import Any
+
+import mobilenet
+import numpy as np
+import pretrained
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+CREDIT = (
+    "Means over positions of the last layer of MobileNetV2 (M. Sandler et al., CVPR 2018), in "
+    f"float64 by torch {torch.__version__.partition('+')[0]}, from the weights in "
+    f"{pretrained.PACKAGE} (MIT, Ling Evan), of the pictures that examples/pretrained.py makes."
+)
+
+
+class Residual(nn.Module):
+    """Layers, and their input added to the output where that fits."""
+
+    def __init__(self, shape: mobilenet.Shape) -> None:
+        """Names its layers as the checkpoint does."""
+        super().__init__()
+        channels, hidden, features, stride = shape
+        expand = conv_norm(channels, hidden) if "expand" in shape.parts else []
+        depthwise = conv_norm(hidden, hidden, 3, stride, hidden)
+        self.conv = nn.Sequential(*expand, *depthwise, *conv_norm(hidden, features)[:2])
+        self.added = stride == 1 and channels == features
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Images `[N, C, H, W]` to images."""
+        return self.conv(x) + x if self.added else self.conv(x)
+
+
+def conv_norm(
+    channels: int, features: int, kernel: int = 1, stride: int = 1, groups: int = 1
+) -> list[nn.Module]:
+    """Convolution, batch norm, ReLU6."""
+    conv = nn.Conv2d(channels, features, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(features), nn.ReLU6()]
+
+
+def network(state_dict: Mapping[str, NDArray[Any]]) -> nn.Module:
+    """The network in evaluation mode, with these weights: `[N, 3, H, W]` to `[N, 1280, H', W']`."""
+    stem = nn.Sequential(*conv_norm(3, mobilenet.STEM, 3, 2))
+    shapes = mobilenet.blocks()
+    head = nn.Sequential(*conv_norm(shapes[-1].features, mobilenet.HEAD))
+    features = nn.Sequential(stem, *map(Residual, shapes), head)
+    model = nn.Sequential(collections.OrderedDict(features=features))
+    model.load_state_dict({k: torch.tensor(v) for k, v in state_dict.items()}, strict=True)
+    return model.eval()
+
+
+def features(state_dict: Mapping[str, NDArray[Any]], images: NDArray[Any]) -> NDArray[Any]:
+    """Features `[N, 1280]` of images `[N, H, W, 3]`, in the dtype of the images."""
+    x = torch.tensor(images).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        y = network(state_dict).to(x.dtype)(x).mean((2, 3))
+    return np.asarray(y)
+
+
+if __name__ == "__main__":
+    recorded = features(pretrained.state_dict(), pretrained.pictures()[0])
+    np.savez_compressed(pretrained.FEATURES, features=recorded, credit=CREDIT)
