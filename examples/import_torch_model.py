@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         if path:
             save(path, state_dict)
     except pretrained.NotInstalledError as reason:
-        console.print(f"skipped: {reason}", highlight=False)
+        print(f"skipped: {reason}")
         return SKIPPED
     except (torch_file.TorchFileError, OSError) as error:
         return fail(error)

@@ -48,13 +48,17 @@ def conv_norm(
 
 
 def network(state_dict: Mapping[str, NDArray[Any]]) -> nn.Module:
-    """The network in evaluation mode, with these weights: `[N, 3, H, W]` to `[N, 1280, H', W']`."""
+    """The network in evaluation mode, with these weights: `[N, 3, H, W]` to `[N, 1280, H', W']`.
+
+    Its dtype is that of the weights.
+    """
     stem = nn.Sequential(*conv_norm(3, mobilenet.STEM, 3, 2))
     shapes = mobilenet.blocks()
     head = nn.Sequential(*conv_norm(shapes[-1].features, mobilenet.HEAD))
     features = nn.Sequential(stem, *map(Residual, shapes), head)
     model = nn.Sequential(collections.OrderedDict(features=features))
-    model.load_state_dict({k: torch.tensor(v) for k, v in state_dict.items()}, strict=True)
+    tensors = {name: torch.tensor(array) for name, array in state_dict.items()}
+    model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
 
 
