@@ -78,7 +78,11 @@ class ConvNorm(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expands the channels, filters each by itself, and projects to few channels, linearly."""
+    """Expands the channels, filters each by itself, and projects to few, linearly.
+
+    Where they are as many as before, which in this network they are only at stride 1, the input is
+    added.
+    """
 
     shape: Shape
     folded: bool = False
@@ -87,7 +91,7 @@ class InvertedResidual(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Images `[N, H, W, channels]` to `[N, H / stride, W / stride, features]`."""
         channels, hidden, features, stride = self.shape
-        residual = x if stride == 1 and channels == features else None
+        residual = x if channels == features else None
         if "expand" in self.shape.parts:
             x = ConvNorm(hidden, folded=self.folded, name="expand")(x, train)
         x = ConvNorm(hidden, 3, stride, hidden, folded=self.folded, name="depthwise")(x, train)

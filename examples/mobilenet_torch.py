@@ -32,7 +32,7 @@ class Residual(nn.Module):
         expand = conv_norm(channels, hidden) if "expand" in shape.parts else []
         depthwise = conv_norm(hidden, hidden, 3, stride, hidden)
         self.conv = nn.Sequential(*expand, *depthwise, *conv_norm(hidden, features)[:2])
-        self.added = stride == 1 and channels == features
+        self.added = channels == features
 
     def forward(self, x: torch.Tensor) -> Any:
         """Images `[N, C, H, W]` to images."""

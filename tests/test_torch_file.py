@@ -26,8 +26,9 @@ def small_file():
     values = {
         "a.weight": tensor(storage("Float", "1", 24), (2, 3, 4), (12, 4, 1)),
         "a.count": tensor(storage("Long", "2", 1), (), ()),
+        "a.bias": tensor(storage("Float", "3", 24), (3,), (1,)),
     }
-    return legacy.file(legacy.named(values), {"1": X, "2": np.array(7)})
+    return legacy.file(legacy.named(values), {"1": X, "2": np.array(7), "3": X})
 
 
 @pytest.mark.parametrize("kind", legacy.KINDS)
@@ -46,7 +47,8 @@ def test_views_of_one_storage(tmp_path):
         "part": ((3,), (8,), 5, X[5::8]),
         "scalar": ((), (), 23, X[23]),
         "expanded": ((4, 2), (0, 1), 22, np.broadcast_to(X[22:], (4, 2))),
-        "empty": ((0, 9), (1, 1), 0, X[:0].reshape(0, 9)),
+        "no rows": ((0, 9), (1, 1), 0, X[:0].reshape(0, 9)),
+        "no columns": ((9, 0), (1, 1), 20, X[:0].reshape(9, 0)),
     }
     content = {name: tensor(storage("Float", "x", 24), *view[:3]) for name, view in views.items()}
     result = read(legacy.file(legacy.named(content), {"x": X}), tmp_path)
@@ -85,7 +87,8 @@ def test_what_torch_writes(tmp_path):
         "view": row[3:8:2],
         "transposed": torch.randn(4, 5).half().T,
         "bool": torch.tensor([True, False]),
-        "empty": torch.zeros(0, 3, dtype=torch.uint8),
+        "no rows": torch.zeros(0, 3, dtype=torch.uint8),
+        "no columns": torch.zeros(3, 0),
         "parameter free": torch.tensor(3, dtype=torch.int32),
     }
     for state_dict in (values, model.state_dict(), {"one": row}):
@@ -312,7 +315,7 @@ def test_another_file(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(small_file())
     digest = hashlib.sha256(small_file()).hexdigest()
-    assert torch_file.read(path, digest).keys() == {"a.weight", "a.count"}
+    assert torch_file.read(path, digest).keys() == {"a.weight", "a.count", "a.bias"}
     message = f"{path}: its SHA-256 must be {'0' * 64}; got {digest}, of {len(small_file())} bytes"
     with pytest.raises(TorchFileError, match=re.escape(message)):
         torch_file.read(path, "0" * 64)
