@@ -1,7 +1,8 @@
 """Folding in a whole tree of variables: which layers, by their names, and what is left of it."""
 
+import contextlib
 import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -88,14 +89,22 @@ def fold_variables(
             "`padding` makes a difference only where a batch norm comes before a convolution; got "
             f"padding={padding!r} and no such pair. Leave it out."
         )
-    for linear, norm, before in checked:
-        try:
-            folded = _fold(linears[linear], norms[norm], epsilon, before, padding)
-        except (TypeError, ValueError) as error:
-            error.add_note(f"This was to fold {norm!r} into {linear!r}.")
-            raise
-        new = {**linears[linear], **folded}
-        variables = _with(variables, ["params", *linear.split("/")], new)
+    layers = [(linears[pair.linear], norms[pair.norm]) for pair in checked]
+
+    def folded(layers: list[tuple[Tree, Tree]]) -> list[tuple[Tree, list[jax.Array]]]:
+        with_layers = zip(layers, checked, strict=True)
+        return [_fold(*each, pair, epsilon, padding) for each, pair in with_layers]
+
+    known = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(layers))
+    # Compiled whole, since one by one the operations of a network take a compiler long.
+    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
+        results = jax.jit(folded)(layers)
+    for (new, wrong), pair in zip(results, checked, strict=True):
+        linear, norm, _ = pair
+        if known:
+            values = norms[norm]["mean"], norms[norm]["var"], new["kernel"], new["bias"]
+            _check(wrong, values, pair)
+        variables = _with(variables, ["params", *linear.split("/")], {**linears[linear], **new})
         for collection in ("params", "batch_stats"):
             variables = _with(variables, [collection, *norm.split("/")], {})
     return variables
@@ -175,43 +184,52 @@ def _checked_pair(pair: tuple[str, str], linears: Collection[str], norms: Collec
 
 
 def _fold(
-    linear: Tree, norm: Tree, epsilon: float, before: bool, padding: Padding | None
-) -> dict[str, jax.Array]:
-    """The new kernel and bias of a linear layer from its variables and those of the batch norm."""
+    linear: Tree, norm: Tree, pair: _Pair, epsilon: float, padding: Padding | None
+) -> tuple[dict[str, jax.Array], list[jax.Array]]:
+    """The new kernel and bias of a linear layer, and how many values break each requirement."""
     mean, var, kernel = norm["mean"], norm["var"], linear["kernel"]
     arrays = kernel, linear.get("bias"), mean, var, norm.get("scale"), norm.get("bias")
-    if jnp.ndim(kernel) == 2:
-        folded = fold_into_dense(*arrays, epsilon=epsilon, before=before)
-    else:
-        # A kernel has all outputs along O, whatever the groups, but the inputs of one along I.
-        groups = jnp.size(mean) // jnp.shape(kernel)[-2] if before and jnp.ndim(kernel) > 2 else 1
-        folded = fold_into_conv(
-            *arrays,
-            epsilon=epsilon,
-            layout=FLAX_LAYOUTS.get(jnp.ndim(kernel), "HWIO"),
-            feature_group_count=max(groups, 1),
-            before=before,
-            padding=padding if before else None,
-        )
-    _check("The running mean must be finite", mean, jnp.isfinite)
-    _check("The running variance must be finite and not negative", var, _is_variance)
-    for name, value in zip(("kernel", "bias"), folded, strict=True):
-        _check(f"The folded {name} must be finite in {value.dtype}", value, jnp.isfinite)
-    return dict(zip(("kernel", "bias"), folded, strict=True))
+    before = pair.before
+    try:
+        if jnp.ndim(kernel) == 2:
+            new = fold_into_dense(*arrays, epsilon=epsilon, before=before)
+        else:
+            # A kernel has all outputs along O, whatever the groups, but the inputs of one along I.
+            one = jnp.shape(kernel)[-2] if before and jnp.ndim(kernel) > 2 else jnp.size(mean)
+            new = fold_into_conv(
+                *arrays,
+                epsilon=epsilon,
+                layout=FLAX_LAYOUTS.get(jnp.ndim(kernel), "HWIO"),
+                feature_group_count=max(jnp.size(mean) // one, 1),
+                before=before,
+                padding=padding if before else None,
+            )
+    except (TypeError, ValueError) as error:
+        error.add_note(f"This was to fold {pair.norm!r} into {pair.linear!r}.")
+        raise
+    finite = [jnp.isfinite(value) for value in (mean, var, *new)]
+    finite[1] &= var >= 0
+    return dict(zip(("kernel", "bias"), new, strict=True)), [jnp.sum(~valid) for valid in finite]
 
 
-def _is_variance(var: jax.Array) -> jax.Array:
-    return jnp.isfinite(var) & (var >= 0)
+REQUIREMENTS = (
+    "The running mean must be finite",
+    "The running variance must be finite and not negative",
+    "The folded kernel must be finite in {0.dtype}",
+    "The folded bias must be finite in {0.dtype}",
+)
 
 
-def _check(requirement: str, value: Any, valid: Callable[[jax.Array], jax.Array]) -> None:
+def _check(wrong: list[jax.Array], values: Sequence[Any], pair: _Pair) -> None:
     """Refuses values where they are known: a network of NaNs would not say why."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    with jax.ensure_compile_time_eval():  # constants inside of jit are known, too
-        wrong = int(jnp.logical_not(valid(jnp.asarray(value))).sum())
-    if wrong:
-        raise ValueError(f"{requirement}; got {wrong} of {jnp.size(value)} values that are not.")
+    for requirement, count, value in zip(REQUIREMENTS, wrong, values, strict=True):
+        if count:
+            error = ValueError(
+                f"{requirement.format(value)}; got {count} of {jnp.size(value)} values that are "
+                "not."
+            )
+            error.add_note(f"This was to fold {pair.norm!r} into {pair.linear!r}.")
+            raise error
 
 
 def _with(tree: Any, path: Sequence[str], node: Tree) -> Any:

@@ -145,6 +145,18 @@ def test_momentum_may_be_traced():
         )
 
 
+@pytest.mark.parametrize(
+    "module", [linen.BatchNorm1d(4, skip_nonfinite=True), linen.BatchNorm(skip_nonfinite=True)]
+)
+def test_channels_that_are_not_finite_are_left_out_on_demand(module):
+    x = sample((6, 4), 0, dtype=np.float32)
+    variables = module.init(jax.random.key(0), x, False)
+    x[2, 1] = np.nan
+    _, after = run(module, variables, x)
+    assert (after["batch_stats"]["mean"] != 0).tolist() == [True, False, True, True]
+    assert after["batch_stats"]["var"][1] == 1
+
+
 def test_training_needs_mutable_statistics():
     x = sample((6, 4), 0, dtype=np.float32)
     module = linen.BatchNorm1d(4)

@@ -193,11 +193,11 @@ PAIRS = {
     "BatchNorm3d, no bias": (nnx.BatchNorm3d, linen.BatchNorm3d, (4, 6, 2, 3, 2), {"bias": False}),
 }
 CALLS = {
-    "plain": ({}, lambda x: {}),
-    "mask": ({}, lambda x: {"mask": x[..., :1] > 0}),
-    "fused": ({"activation": "silu"}, lambda x: {"residual": jnp.cos(x)}),
-    "groups": ({"num_groups": 2}, lambda x: {}),
-    "skip": ({"skip_nonfinite": True}, lambda x: {}),
+    "plain": ({}, lambda x, dtype: {}),
+    "mask": ({}, lambda x, dtype: {"mask": x[..., :1] > 0}),
+    "fused": ({"activation": "silu"}, lambda x, dtype: {"residual": jnp.cos(x).astype(dtype)}),
+    "groups": ({"num_groups": 2}, lambda x, dtype: {}),
+    "skip": ({"skip_nonfinite": True}, lambda x, dtype: {}),
 }
 
 
@@ -206,13 +206,12 @@ CALLS = {
 def test_linen_and_nnx_agree_bit_for_bit(pair, call):
     ours, theirs, shape, options = PAIRS[pair]
     fields, arguments = CALLS[call]
+    arguments = functools.partial(arguments, dtype=options.get("dtype", jnp.float32))
     random = {
         "scale_init": jax.nn.initializers.normal(1.0),
         "bias_init": jax.nn.initializers.normal(1.0),
     }
     options = options | fields | random
-    if options.get("dtype") is not None and call == "fused":
-        pytest.skip("a residual of another dtype is refused by both")
     module = ours(6, **options, rngs=rngs())
     twin = theirs(**options) if theirs is linen.BatchNorm else theirs(6, **options)
     variables = linen_variables(module)
@@ -303,6 +302,32 @@ def test_a_view_shares_the_variables_and_has_its_own_mode():
     }
     only = view(model, only=nnx.BatchNorm, use_running_average=False)
     assert only.norm.use_running_average is False
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_layers_keep_float64_statistics():
+    layer = nnx.BatchNorm1d(4, param_dtype=jnp.float64, rngs=rngs())
+    assert layer(sample((6, 4), 0)).dtype == jnp.float64
+    assert layer.mean.dtype == layer.var.dtype == layer.scale.dtype == jnp.float64
+
+
+def test_inference_writes_nothing():
+    x = batch(0, (6, 4))
+    for layer in (nnx.BatchNorm(4, rngs=rngs()), nnx.BatchNorm1d(4, rngs=rngs())):
+        layer.eval()
+        layer.set_view()  # chooses nothing
+        np.testing.assert_array_equal(jax.jit(lambda x, layer=layer: layer(x))(x), layer(x))
+
+
+def test_channels_that_are_not_finite_are_left_out_on_demand():
+    x = batch(0, (6, 4)).at[2, 1].set(jnp.nan)
+    for layer in (
+        nnx.BatchNorm(4, skip_nonfinite=True, rngs=rngs()),
+        nnx.BatchNorm1d(4, skip_nonfinite=True, rngs=rngs()),
+    ):
+        layer(x)
+        assert (layer.mean[...] != 0).tolist() == [True, False, True, True]
+        assert layer.var[...][1] == 1
 
 
 def test_the_mode_may_be_traced():

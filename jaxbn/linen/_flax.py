@@ -161,6 +161,6 @@ class BatchNorm(nn.Module):
             residual=residual,
             initializing=self.is_initializing(),
         )
-        if train is not False and not self.is_initializing():
+        if train is not False:
             store(running, after)
         return y

@@ -89,7 +89,7 @@ class _TorchBatchNorm(nn.Module):
             residual=residual,
             initializing=self.is_initializing(),
         )
-        if self.track_running_stats and train is not False and not self.is_initializing():
+        if self.track_running_stats and train is not False:
             store(running, after)
         return y
 
