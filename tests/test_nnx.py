@@ -10,6 +10,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx as flax_nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from numpy_reference import error, sample, tolerance, train
 
 from jaxbn import linen, nnx
@@ -153,6 +155,26 @@ def test_metadata_of_parameters():
     assert layer.bias.frozen is True
     layer(batch(shape=(8, 4)))
     assert layer.scale.tag == "s"
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_partitioned_parameters_are_spread_as_flax_spreads_them(kind):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    partitioned = flax_nnx.with_partitioning(flax_nnx.initializers.ones, ("model",))
+    layers = {
+        "initializer": functools.partial(nnx.BatchNorm, scale_init=partitioned),
+        "torch's": functools.partial(nnx.BatchNorm1d, scale_init=partitioned),
+        "Flax's": functools.partial(flax_nnx.BatchNorm, scale_init=partitioned),
+    }
+    x = batch(0, (16, 8))
+    with jax.set_mesh(mesh):
+        for name, create in layers.items():
+            layer = create(8, rngs=rngs())
+            y = flax_nnx.jit(lambda layer, x: layer(x))(layer, x)
+            assert layer.scale[...].sharding.spec == P("model"), name
+            np.testing.assert_allclose(
+                jax.device_get(y), nnx.BatchNorm(8, rngs=rngs())(x), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_where_flax_is_wrong_we_differ():

@@ -60,7 +60,7 @@ class BatchNorm(Layer):
         statistics are used as they are, and by default so are the others: nothing is rounded
         before the computation.
       rngs: random numbers for the initializers.
-      bias_metadata: metadata of the variable `bias`, for example `{"sharding": ("model",)}`.
+      bias_metadata: metadata of the variable `bias`, for example `{"out_sharding": ("model",)}`.
       scale_metadata: metadata of the variable `scale`.
       activation: applied to the output: None, "relu", "leaky_relu", "silu", "gelu" (as `jax.nn` has
         them) or a function.
