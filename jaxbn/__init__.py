@@ -1,10 +1,13 @@
 """Batch normalization for JAX: torch's semantics as pure functions over pytrees.
 
-The Flax modules live in `jaxbn.linen`, which is imported on its own: `import jaxbn` needs jax only.
+The Flax modules live in `jaxbn.linen` and `jaxbn.nnx`, which are imported on their own: `import
+jaxbn` needs jax only. `jaxbn.torch` and `jaxbn.interop` convert what other libraries keep.
 """
 
 from importlib.metadata import version as _version
 
+from jaxbn import interop as interop
+from jaxbn import torch as torch
 from jaxbn._batch_norm import batch_norm as batch_norm
 from jaxbn._derivative import CHECKPOINT_NAMES as CHECKPOINT_NAMES
 from jaxbn._fold import fold_into_conv as fold_into_conv
