@@ -19,6 +19,10 @@ from jaxbn._stats import BatchStats
 Layer = Any  # of Linen or of NNX, with the fields of the same names that are read here
 Running = dict[str, jax.Array]
 
+# The moments of a batch, normalization by given ones, and the two composed.
+REAL: tuple[Any, Any, Any] = (batch_moments, normalize, batch_norm)
+COMPLEX: tuple[Any, Any, Any] = (complex_moments, complex_normalize, complex_batch_norm)
+
 
 def mode(inference: Any) -> Any:
     """Whether to train, where `use_running_average` says whether not to."""
@@ -154,13 +158,11 @@ def _layer(
         "num_groups": layer.num_groups,
         "virtual_batch_size": layer.virtual_batch_size,
     }
-    of_batch: Any = batch_moments
-    normalized: Any = normalize
-    whole: Any = batch_norm
+    of_batch, normalized, whole = REAL
     if jnp.issubdtype(dtype, jnp.complexfloating):
         _check_real_only(fused | groups)
         x, fused, groups = x.astype(dtype), {}, {}
-        of_batch, normalized, whole = complex_moments, complex_normalize, complex_batch_norm
+        of_batch, normalized, whole = COMPLEX
     if initializing and (train is not False or not running):
         # Neither counts as a batch nor asks for more than one value per channel, nor for devices.
         moments = of_batch(x, axis=axis, mask=mask)

@@ -10,6 +10,7 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 from jaxbn._activation import Activation
+from jaxbn._checks import checked_array
 from jaxbn._devices import AxisIndexGroups, AxisName
 from jaxbn._features import feature_axes
 from jaxbn._layer import check_channels, flax_layer
@@ -134,8 +135,8 @@ class BatchNorm(nn.Module):
         Returns:
           `activation(normalized + residual)`, of the shape of `x`.
         """
-        given = jnp.asarray(x)
-        features = tuple(given.shape[axis] for axis in feature_axes(self.axis, given.shape))
+        x = checked_array(x, "x")
+        features = tuple(x.shape[axis] for axis in feature_axes(self.axis, x.shape))
         train = training_mode(self, use_running_average)
         running = running_statistics(
             self,
@@ -145,13 +146,13 @@ class BatchNorm(nn.Module):
             train,
         )
         before = values(running)
-        check_channels(self, given.shape, before["mean"].shape)
+        check_channels(self, x.shape, before["mean"].shape)
         scale, bias = scale_and_bias(self, features, self.use_scale, self.use_bias)
         with jax.numpy_dtype_promotion("standard"):  # by definition of `dtype=None`
-            dtype = canonicalize_dtype(given, scale, bias, dtype=self.dtype)
+            dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         y, after = flax_layer(
             self,
-            given,
+            x,
             before,
             scale,
             bias,
