@@ -49,6 +49,9 @@ dnn_version_info { major: 9 minor: 12 }
 """
 
 
+PACKAGE = "jax-cuda13-plugin"
+
+
 def available() -> bool:
     """Whether the compiler for NVIDIA GPUs is installed."""
     return importlib.util.find_spec("jax_cuda13_plugin") is not None

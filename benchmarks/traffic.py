@@ -1,31 +1,35 @@
 """Memory traffic of a batch norm layer in training, read off the compiled modules.
 
-    python benchmarks/traffic.py            # for the CPU, and for an H100 where its compiler is
+    python benchmarks/traffic.py            # for the CPU, and for an H100 and a TPU where their
+                                            # compilers are; results/traffic.csv
 
 Per element of the input: bytes that cross memory in the forward and in the backward module, and
-bytes kept from the one to the other. For both modules: kernels and collectives.
+bytes kept from the one to the other. For both modules: kernels and collectives. Whole training
+steps, in one module, are in `network_traffic.py`.
 """
 
+import argparse
 import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import h100
 import hlo
 import jax
 import jax.numpy as jnp
+import libraries
+import matplotlib.pyplot as plt
+import measuring
+import numpy as np
+import tpu
 from jax.extend.core import Literal, jaxpr_as_fun
 from jax.sharding import SingleDeviceSharding
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-import jaxbn
-
 SHAPES = {"NHWC": ((128, 56, 56, 64), 3), "NCHW": ((128, 64, 56, 56), 1)}
-CASES = ("BN", "BN+ReLU", "BN+add+ReLU")
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 
@@ -37,40 +41,6 @@ class Traffic(NamedTuple):
     kept: float
     kernels: int
     collectives: int
-
-
-def ours(case: str, axis: int) -> Callable[..., Any]:
-    """`y` and the moments, with everything in one call."""
-
-    def layer(x: jax.Array, scale: jax.Array, bias: jax.Array, *residual: jax.Array) -> Any:
-        y, moments = jaxbn.batch_normalize(
-            x,
-            scale,
-            bias,
-            axis=axis,
-            activation="relu" if "ReLU" in case else None,
-            residual=residual[0] if residual else None,
-        )
-        return y, jax.lax.stop_gradient(moments)
-
-    return layer
-
-
-def flax(case: str, axis: int) -> Callable[..., Any]:
-    """The same with `flax.linen.BatchNorm`."""
-    module = nn.BatchNorm(use_running_average=False, axis=axis)
-
-    def layer(x: jax.Array, scale: jax.Array, bias: jax.Array, *residual: jax.Array) -> Any:
-        stats = {"mean": jnp.zeros_like(bias), "var": jnp.ones_like(scale)}
-        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
-        y, updates = module.clone(dtype=x.dtype).apply(variables, x, mutable=["batch_stats"])
-        y = y + residual[0] if residual else y
-        return nn.relu(y) if "ReLU" in case else y, jax.lax.stop_gradient(updates)
-
-    return layer
-
-
-LIBRARIES = {ours: "jaxbn", flax: "Flax"}
 
 
 def measure(
@@ -120,33 +90,78 @@ def measure(
     )
 
 
-def table(title: str, device: Any) -> Table:
-    """Every case, dtype and layout on one device, jaxbn beside Flax."""
+def layer_rows(name: str, device: Any) -> list[dict[str, Any]]:
+    """Every case, dtype and layout on one device, library beside library."""
+    rows = []
+    chosen = libraries.installed()
+    for dtype, (layout, (shape, axis)), case in itertools.product(
+        DTYPES, SHAPES.items(), libraries.CASES
+    ):
+        for library, made in chosen.items():
+            # Compiled as one function, no layer hands constants from one pass to the other.
+            cost = measure(jax.jit(made.training(case, axis)), case, shape, axis, dtype, device)
+            what = {"device": name, "case": case, "dtype": jnp.dtype(dtype).name, "layout": layout}
+            numbers = {k: round(v, 2) for k, v in cost._asdict().items()}
+            rows.append(what | {"library": library} | numbers)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows of one device."""
     columns = ("", "forward", "backward", "sum", "kept", "kernels", "collectives")
+    title = f"{rows[0]['device']}: bytes per element of the input"
     table = Table(*columns, title=title, box=MARKDOWN)
-    for dtype, (layout, (shape, axis)), case in itertools.product(DTYPES, SHAPES.items(), CASES):
-        for layer in (ours, flax):
-            cost = measure(layer(case, axis), case, shape, axis, dtype, device)
-            numbers = (cost.forward, cost.backward, cost.forward + cost.backward, cost.kept)
-            table.add_row(
-                f"{case}, {jnp.dtype(dtype).name}, {layout}, {LIBRARIES[layer]}",
-                *(f"{number:.2f}" for number in numbers),
-                str(cost.kernels),
-                str(cost.collectives),
-            )
+    for row in rows:
+        both = row["forward"] + row["backward"]
+        table.add_row(
+            ", ".join(row[k] for k in ("case", "dtype", "layout", "library")),
+            *(f"{v:.2f}" for v in (row["forward"], row["backward"], both, row["kept"])),
+            str(row["kernels"]),
+            str(row["collectives"]),
+        )
     return table
 
 
-def main() -> None:
-    """Prints a table for each device that can be compiled for."""
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """Bytes of forward and backward pass, a panel for each device."""
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    names = list(dict.fromkeys(row["library"] for row in rows))
+    figure, axes = plt.subplots(len(devices), 1, figsize=(11, 3 * len(devices)), squeeze=False)
+    for ax, device in zip(axes[:, 0], devices, strict=True):
+        for i, name in enumerate(names):
+            mine = [row for row in rows if (row["device"], row["library"]) == (device, name)]
+            places = np.arange(len(mine)) + 0.8 * i / len(names)
+            ax.bar(
+                places, [r["forward"] + r["backward"] for r in mine], 0.8 / len(names), label=name
+            )
+        labels = [f"{r['case']}\n{r['dtype']}\n{r['layout']}" for r in mine]
+        ax.set_xticks(np.arange(len(mine)) + 0.3, labels, fontsize=6)
+        ax.set_title(device, size=9)
+        ax.set_ylabel("bytes per element", size=8)
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints a table for each device that can be compiled for; writes the rows and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--csv", default=str(measuring.RESULTS / "traffic.csv"))
+    parser.add_argument("--plot", default=str(measuring.RESULTS / "traffic.png"))
+    options = parser.parse_args(arguments)
     console = Console(width=120)
-    console.print(f"jax {jax.__version__}, shapes {SHAPES}")
-    if h100.available():
-        console.print(table("H100: bytes per element of the input", h100.sharding()))
-    else:
-        console.print("No table for an H100: the package jax-cuda13-plugin is not installed.")
-    cpu = SingleDeviceSharding(jax.devices("cpu")[0])
-    console.print(table("CPU: bytes per element of the input", cpu))
+    devices = {"CPU": SingleDeviceSharding(jax.devices("cpu")[0])}
+    for name, module in (("H100", h100), ("TPU v5e", tpu)):
+        if module.available():
+            devices[name] = module.sharding()
+        else:
+            console.print(f"No table for {name}: the package {module.PACKAGE} is not installed.")
+    rows = [row for name, device in devices.items() for row in layer_rows(name, device)]
+    for _, same in itertools.groupby(rows, lambda row: row["device"]):
+        console.print(table(list(same)))
+    measuring.write_csv(options.csv, rows, measuring.machine())
+    plot(rows, options.plot)
 
 
 if __name__ == "__main__":

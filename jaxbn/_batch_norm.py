@@ -151,7 +151,8 @@ def _either(train: jax.Array, in_training: Mode, in_inference: Mode) -> tuple[ja
 
     def alike() -> tuple[jax.Array, Any]:
         # In `jax.shard_map` the statistics of one device's batch differ from those of the next.
-        y, stats = jax.tree.map(spread, in_inference(), jax.eval_shape(in_training))
+        types = jax.tree.map(jax.typeof, jax.eval_shape(in_training))
+        y, stats = jax.tree.map(spread, in_inference(), types)
         return y, stats
 
     y, stats = jax.lax.cond(train, in_training, alike)

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxbn._activation import PIECEWISE_LINEAR, Activation
 from jaxbn._devices import Devices
 from jaxbn._shifted import centered, mean_and_covariance, shifted_moments, where_valid
-from jaxbn._sums import expand, expand_tangent
+from jaxbn._sums import expand, expand_tangent, written_out
 
 # For the policies of `jax.checkpoint`: with these kept, a layer is made again without reductions.
 INPUT, MEAN, RSTD = CHECKPOINT_NAMES = ("jaxbn.input", "jaxbn.mean", "jaxbn.rstd")
@@ -70,7 +70,8 @@ def affine(
 
     The shift comes off first: `x·factor + (offset − shift·factor)` cancels where the mean is large.
     """
-    factor, offset = (expand(v, x.shape, axis) for v in (factor, offset))
+    shift, factor, offset = written_out(x, shift, factor, offset)
+    factor, offset = (expand(v, jax.typeof(x), axis) for v in (factor, offset))
     z = centered(x, mask, axis, shift) * factor + offset
     return z if residual is None else z + where_valid(mask, residual).astype(z.dtype)
 
@@ -151,15 +152,15 @@ def _tangent(
     shift, delta, _, rstd, count = batch
     unit = _power_of_two(rstd)
     rest, delta = rstd / unit, delta * unit
+    shift, unit, k = written_out(x, shift, unit, scale * rstd)
     dx = where_valid(mask, directions.x).astype(rstd.dtype)
-    deviation = centered(x, mask, form.axis, shift) * expand(unit, x.shape, form.axis)
+    deviation = centered(x, mask, form.axis, shift) * expand(unit, jax.typeof(x), form.axis)
     mean_dx, covariance = mean_and_covariance(dx, deviation, delta, count, form.axis, form.devices)
     mean_dx_normalized = covariance * rest
-    k = scale * rstd
     q = (directions.scale - k * mean_dx_normalized) * rest
     p = directions.bias - k * mean_dx - delta * q
-    k = expand(k, x.shape, form.axis)
-    p, q = (expand_tangent(v, x.shape, form.axis) for v in (p, q))
+    k = expand(k, jax.typeof(x), form.axis)
+    p, q = (expand_tangent(v, jax.typeof(x), form.axis) for v in (p, q))
     dz = k * dx + p + deviation * q
     if directions.residual is not None:
         dz = dz + directions.residual.astype(dz.dtype)

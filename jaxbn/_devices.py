@@ -115,8 +115,8 @@ def summed(array: jax.Array, devices: Devices) -> jax.Array:
     return total
 
 
-def spread(array: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """`array` in the type of `like`, which may differ between devices where `array` does not."""
-    names = jax.typeof(like).manual_axis_type.varying - jax.typeof(array).manual_axis_type.varying
+def spread(array: jax.Array, like: Any) -> jax.Array:
+    """`array`, which may differ between devices where arrays of the type `like` may."""
+    names = like.manual_axis_type.varying - jax.typeof(array).manual_axis_type.varying
     # Sorted, since every process must compile the same.
     return jax.lax.pcast(array, tuple(sorted(names)), to="varying") if names else array

@@ -11,7 +11,17 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxbn._devices import Devices, gathered, summed
-from jaxbn._sums import SMALL, expand, means, reduced_axes
+from jaxbn._sums import (
+    Total,
+    expand,
+    is_small,
+    means,
+    reduced_axes,
+    rounded,
+    sum_in_pieces,
+    sum_over,
+    written_out,
+)
 
 # Devices. To gather is to wait once, where two sums wait twice; but what each gets grows with all.
 GATHERED = 16
@@ -83,7 +93,7 @@ def mean_and_covariance(
     devices: Devices,
 ) -> tuple[jax.Array, jax.Array]:
     """`E[dx]` and `E[dx·(deviation − delta)]`, in one collective; twice it, the tangent of var."""
-    mean_dx, mean_product = means((dx, dx * deviation), count, axis, devices)
+    mean_dx, mean_product = written_out(dx, *means((dx, dx * deviation), count, axis, devices))
     return mean_dx, mean_product - delta * mean_dx
 
 
@@ -130,13 +140,45 @@ def _merged_across(local: Shifted, masked: bool, devices: Devices) -> Shifted:
 
 
 def _local_moments(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike) -> Shifted:
-    shift, missing, count = _shifts(x, mask, axis, dtype)
-    deviation = centered(x, mask, axis, shift)
-    square = jnp.square(centered(x, mask, axis, shift, missing))
-    delta, mean_square = means((deviation, square), count, axis)
+    if mask is None:
+        count = jnp.asarray(x.size // x.shape[axis], dtype)
+    else:
+        count = _valid_count(mask, x, axis, dtype)
+    on_a_cpu = functools.partial(_moments, axis=axis, parts=(16, 4), total=sum_in_pieces)
+    elsewhere = functools.partial(_moments, axis=axis, parts=(16,), total=sum_over)
+    moments: Shifted = jax.lax.platform_dependent(x, mask, count, cpu=on_a_cpu, default=elsewhere)
+    return moments
+
+
+def _moments(
+    x: jax.Array,
+    mask: jax.Array | None,
+    count: jax.Array,
+    *,
+    axis: int,
+    parts: tuple[int, ...],
+    total: Total,
+) -> Shifted:
+    """Moments about an estimate of the mean, which each part of the batch, the last one, corrects.
+
+    Under a mask every part is all that it leaves.
+    """
+    estimate = jnp.zeros(x.shape[axis], count.dtype)
+    # The sums of small arrays need no correction.
+    for part in parts[: 1 if is_small(x) else None]:
+        some, some_count = x, count
+        if mask is None:
+            some = _part(x, axis, part)
+            some_count = jnp.asarray(some.size // some.shape[axis], count.dtype)
+        (left,) = means((centered(some, mask, axis, estimate),), some_count, axis, total=total)
+        (estimate,) = written_out(x, rounded(estimate + rounded(left)))
+    deviation = centered(x, mask, axis, estimate)
+    delta, mean_square = means((deviation, jnp.square(deviation)), count, axis, total=total)
     # Rounding may leave a constant channel just below zero.
-    var = jnp.maximum(mean_square - jnp.square(delta - missing), 0)
-    return Shifted(shift, delta, var, count)
+    var = jnp.maximum(mean_square - jnp.square(delta), 0)
+    # The mean itself is the better shift from here on.
+    shift = rounded(estimate + rounded(delta))
+    return Shifted(shift, (estimate - shift) + delta, var, count)
 
 
 def _names(entries: Iterable[Any]) -> set[str]:
@@ -149,50 +191,13 @@ def centered(x: jax.Array, mask: jax.Array | None, axis: int, *shifts: jax.Array
     """`x` less each of the shifts, in their dtype; zero where masked, whatever stands there."""
     deviation = x.astype(shifts[0].dtype)
     for shift in shifts:
-        deviation = deviation - expand(shift, x.shape, axis)
+        deviation = deviation - expand(shift, jax.typeof(x), axis)
     return where_valid(mask, deviation)
 
 
 def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:
     """`x`, and zero where masked."""
     return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
-
-
-def _shifts(
-    x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """An estimate of the mean, what is known to be missing from it, and each channel's count.
-
-    On a CPU the estimate is corrected by the mean of what it leaves, and what its rounding loses of
-    that is missing. This costs a pass over `x`, which a GPU or TPU, held up by memory, cannot
-    afford; there the estimate stands, and nothing is known to be missing.
-    """
-    if mask is None:
-        part = _sixteenth(x, axis)
-        count, part_count = (jnp.asarray(v.size // v.shape[axis], dtype) for v in (x, part))
-        (shift,) = means((part.astype(dtype),), part_count, axis)
-    else:
-        count = _valid_count(mask, x, axis, dtype)
-        (shift,) = means((where_valid(mask, x.astype(dtype)),), count, axis)
-    shift = rounded(shift)
-
-    def left() -> jax.Array:
-        return means((centered(x, mask, axis, shift),), count, axis)[0]
-
-    left_over = jax.lax.platform_dependent(cpu=left, default=lambda: jnp.zeros_like(left()))
-    correction = rounded(left_over)
-    corrected = rounded(shift + correction)
-    return corrected, correction - (corrected - shift), count
-
-
-def rounded(x: jax.Array) -> jax.Array:
-    """`x` with one bit less, so that compilers cannot fuse what it is made of into what uses it.
-
-    A product fused with the next difference is not rounded, and the shift would be another number
-    at each place where it comes off.
-    """
-    info = jnp.finfo(x.dtype)
-    return jax.lax.reduce_precision(x, info.nexp, info.nmant - 1)
 
 
 def _valid_count(mask: jax.Array, x: jax.Array, axis: int, dtype: DTypeLike) -> jax.Array:
@@ -203,25 +208,30 @@ def _valid_count(mask: jax.Array, x: jax.Array, axis: int, dtype: DTypeLike) -> 
     return jnp.broadcast_to(count, (x.shape[axis],))
 
 
-def _sixteenth(x: jax.Array, axis: int) -> jax.Array:
-    """A sixteenth of each channel's values or more; `x` itself where it is small.
+def _part(x: jax.Array, axis: int, part: int) -> jax.Array:
+    """A `part`-th of each channel's values, or a few more; `x` itself where it is small.
 
     The mean K of a fraction f obeys (E[x] − K)² ≤ Var[x]·(1 − f)/f on any data. E[(x − K)²] is then
-    at most 1/f times the variance, which loses four bits to it. A batch that is spread over devices
-    stays in place: a corner is cut out of every sample, or, where samples have too few positions
-    for that, every sixteenth sample taken, and not the first ones, which are all on one device.
+    at most 1/f times the variance, which loses two bits to it at f = 1/4, four at 1/16. A batch
+    that is spread over devices stays in place: positions at equal distances are taken of every
+    sample, neighbours along the last axis of the array, or, where samples have too few positions
+    for that, samples at equal distances.
     """
-    if not isinstance(x.size, int) or x.size <= SMALL:
+    if is_small(x):
         return x
     samples, *positions = reduced_axes(x.ndim, axis)
-    limits, strides = list(x.shape), [1] * x.ndim
+    starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
     left = math.prod(x.shape[i] for i in positions)
-    if left < 16:
-        strides[samples] = 16
-    else:
-        wanted = -(-left // 16)
-        for i in positions:
-            left //= x.shape[i]
-            limits[i] = -(-wanted // left)
-            wanted = -(-wanted // limits[i])
-    return jax.lax.slice(x, [0] * x.ndim, limits, strides)
+    wanted = -(-left // part)
+    if left < part:
+        strides[samples] = part
+        positions = []
+    for i in positions:
+        left //= x.shape[i]
+        number = -(-wanted // left)
+        wanted = -(-wanted // number)
+        strides[i] = 1 if i == x.ndim - 1 else x.shape[i] // number
+        extent = (number - 1) * strides[i] + 1
+        starts[i] = (x.shape[i] - extent) // 2
+        limits[i] = starts[i] + extent
+    return jax.lax.slice(x, starts, limits, strides)

@@ -7,19 +7,37 @@ few hundred additions show. A small array is therefore summed in two parts: `hig
 rounded to five significant bits, and `low = x − high`. Sums of `high` are nearly exact, having
 nineteen bits to spare, and sums of `low` lose 2⁵ times less than sums of `x`. Larger arrays are
 left to the compiler, which adds those in blocks.
+
+On a CPU, XLA's reduction takes little but the array itself: what is computed in front of it, for
+example a difference or a conversion from bfloat16, is written to memory first, which costs more
+than the sum. A large array is therefore added up there in pieces, `x[:, :p] + x[:, p:2p] + …`. This
+is an elementwise operation, with everything in front of it in the same pass, and leaves a fraction
+to the reduction.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxbn._devices import ALONE, Devices, summed
+from jaxbn._devices import ALONE, Devices, spread, summed
 
 # Elements. XLA:CPU adds in blocks from some 2¹³ on, products later; this size costs little yet.
 SMALL = 2**16
+
+# `sum_over`, or another way to the same sums.
+Total = Callable[[jax.Array, int], jax.Array]
+
+
+def is_small(x: Any) -> bool:
+    """Whether an array is small enough to be handled with no regard to memory, or of unknown size.
+
+    `jax.export` may have sizes that are no int.
+    """
+    return not isinstance(x.size, int) or x.size <= SMALL
 
 
 def reduced_axes(ndim: int, axis: int) -> tuple[int, ...]:
@@ -36,41 +54,135 @@ def sum_over(x: jax.Array, axis: int) -> jax.Array:
     return high.sum(axes) + (x - high).sum(axes)
 
 
+def sum_in_pieces(x: jax.Array, axis: int) -> jax.Array:
+    """`sum_over`, as a CPU does it fast with what `x` is computed of."""
+    pieces = _pieces(jax.typeof(x), axis)
+    if pieces == 1:
+        return sum_over(x, axis)
+    shape, split = _flat(x.shape, axis)
+    flat, size = x.reshape(shape), shape[split] // pieces
+    parts = (
+        jax.lax.slice_in_dim(flat, i * size, (i + 1) * size, axis=split) for i in range(pieces)
+    )
+    # Rounded, or the compiler takes the additions for a part of its reduction.
+    return rounded(functools.reduce(jnp.add, parts)).sum((0, split))
+
+
 def means(
-    arrays: Sequence[jax.Array], count: jax.Array, axis: int, devices: Devices = ALONE
+    arrays: Sequence[jax.Array],
+    count: jax.Array,
+    axis: int,
+    devices: Devices = ALONE,
+    total: Total = sum_over,
 ) -> tuple[jax.Array, ...]:
-    """`sum_over` of each array on all devices, over `count`; zero where there is nothing."""
-    sums = [sum_over(x, axis) for x in arrays]
+    """The total of each array on all devices, over `count`; zero where there is nothing."""
+    sums = [total(x, axis) for x in arrays]
     if devices.names:
         sums = list(summed(jnp.stack(sums), devices))
     return tuple(total / jnp.maximum(count, 1) for total in sums)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def expand(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """`vector` along `axis`, broadcastable to `shape`; in reverse mode it becomes `sum_over`."""
-    if _in_two_parts(shape, vector.dtype):
-        return jax.lax.broadcast_in_dim(vector, shape, (axis,))
-    return jnp.expand_dims(vector, reduced_axes(len(shape), axis))
+def expand(vector: jax.Array, like: Any, axis: int) -> jax.Array:
+    """`vector` along `axis`, to broadcast against `like`, the type of an array.
+
+    In reverse mode it becomes the sum over every other axis.
+    """
+    if _in_two_parts(like.shape, vector.dtype) or _pieces(like, axis) > 1:
+        return jax.lax.broadcast_in_dim(vector, like.shape, (axis,))
+    return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))
 
 
 @expand.defjvp
 def _expand_jvp(
-    shape: tuple[int, ...],
+    like: Any,
     axis: int,
     primals: tuple[jax.Array],
     tangents: tuple[jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    return expand(*primals, shape, axis), expand_tangent(*tangents, shape, axis)
+    return expand(*primals, like, axis), expand_tangent(*tangents, like, axis)
 
 
-def expand_tangent(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """`expand` of a vector that is itself a tangent: linear, with `sum_over` as its transpose."""
-    if not _in_two_parts(shape, vector.dtype):
-        return jnp.expand_dims(vector, reduced_axes(len(shape), axis))
-    # Two broadcasts, for two sums when transposed: of _high(cotangent), and of the rest.
-    once, again = (jax.lax.broadcast_in_dim(vector, shape, (axis,)) for _ in range(2))
-    return _high(once) + (again - _high(again))
+def expand_tangent(vector: jax.Array, like: Any, axis: int) -> jax.Array:
+    """`expand` of a vector that is itself a tangent: linear, with a sum as its transpose."""
+    if _in_two_parts(like.shape, vector.dtype):
+        # Two broadcasts, for two sums when transposed: of _high(cotangent), and of the rest.
+        once, again = (jax.lax.broadcast_in_dim(vector, like.shape, (axis,)) for _ in range(2))
+        return _high(once) + (again - _high(again))
+    pieces = _pieces(like, axis)
+    if pieces == 1:
+        return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))
+
+    def in_pieces(vector: jax.Array) -> jax.Array:
+        # The transpose is `sum_in_pieces`.
+        shape, split = _flat(like.shape, axis)
+        shape[split] //= pieces
+        piece = rounded(jax.lax.broadcast_in_dim(vector, shape, (3 - split,)))
+        return jnp.concatenate([piece] * pieces, split).reshape(like.shape)
+
+    def whole(vector: jax.Array) -> jax.Array:
+        return jax.lax.broadcast_in_dim(vector, like.shape, (axis,))
+
+    vector = spread(vector, like)
+    expanded: jax.Array = jax.lax.platform_dependent(vector, cpu=in_pieces, default=whole)
+    return expanded
+
+
+def written_out(x: jax.Array, *vectors: jax.Array) -> tuple[jax.Array, ...]:
+    """The vectors, computed once on a CPU, and so are their cotangents.
+
+    XLA would compute them inside of the loops over a large `x` that use them, for every element
+    anew. It does not so with a reduction: of each vector and zeros, and in the transpose as well.
+    """
+    if is_small(x) or any(map(_is_placed, (x, *vectors))):
+        return vectors
+
+    def by_reduction(stack: jax.Array) -> jax.Array:
+        zeros = ((0, 1, 0), (0, 0, 0), (0, 0, 0))
+        total = jax.lax.pad(stack[None], jnp.zeros((), stack.dtype), zeros).sum(0)
+        return jax.lax.broadcast_in_dim(total, (2, *total.shape), (1, 2))[0]
+
+    stack = jax.lax.platform_dependent(
+        jnp.stack(vectors), cpu=by_reduction, default=lambda stack: stack
+    )
+    return tuple(stack)
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """`x` with one bit less, so that compilers cannot fuse what it is made of into what uses it.
+
+    A product fused with the next difference is not rounded, and a shift would be another number
+    at each place where it comes off.
+    """
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant - 1)
+
+
+def _flat(shape: tuple[int, ...], axis: int) -> tuple[list[int], int]:
+    """The shape of a batch with the positions of each sample along one axis, and that axis."""
+    positions = math.prod(shape[i] for i in reduced_axes(len(shape), axis)[1:])
+    if axis == 1:
+        return [shape[0], shape[1], positions], 2
+    return [shape[0], positions, shape[axis]], 1
+
+
+def _pieces(x: Any, axis: int) -> int:
+    """Into how many pieces the positions of each sample are split; 1 for a sum in one go.
+
+    Samples stay together, since they may be spread over devices. Nothing is split where the type of
+    `x` says that it is spread.
+    """
+    positions = reduced_axes(x.ndim, axis)[1:]
+    adjacent = axis in (1, x.ndim - 1)
+    size = math.prod(x.shape[i] for i in positions)
+    if not adjacent or is_small(x) or any(x.sharding.spec):
+        return 1
+    return next((n for n in range(8, 1, -1) if size % n == 0 and size > n), 1)
+
+
+def _is_placed(x: Any) -> bool:
+    """Whether the type of `x` says that it is spread over devices."""
+    return any(jax.typeof(x).sharding.spec)
 
 
 def _high(x: jax.Array) -> jax.Array:
