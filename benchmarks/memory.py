@@ -140,7 +140,9 @@ def _row(case: str, dtype: str, library: str, kept: float, rest: float | None) -
 def table(rows: list[dict[str, Any]]) -> Table:
     """A line for each case and dtype, a column for each library."""
     names = list(dict.fromkeys(row["library"] for row in rows))
-    table = Table("", *names, title="bytes kept per element (beside input and output)", box=MARKDOWN)
+    table = Table(
+        "", *names, title="bytes kept per element (beside input and output)", box=MARKDOWN
+    )
     for (case, dtype), same in itertools.groupby(rows, lambda row: (row["case"], row["dtype"])):
         cells = dict.fromkeys(names, "")
         for row in same:
@@ -157,7 +159,9 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     figure, ax = plt.subplots(figsize=(10, 4))
     for i, name in enumerate(names):
         mine = [row for row in rows if row["library"] == name]
-        places = [labels.index(f"{row['case']}\n{row['dtype']}") + 0.8 * i / len(names) for row in mine]
+        places = [
+            labels.index(f"{row['case']}\n{row['dtype']}") + 0.8 * i / len(names) for row in mine
+        ]
         ax.bar(places, [row["kept"] for row in mine], 0.8 / len(names), label=name)
     ax.set_xticks(np.arange(len(labels)) + 0.35, labels, fontsize=7)
     ax.set_ylabel("bytes kept per element")

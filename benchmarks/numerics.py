@@ -271,8 +271,11 @@ def for_accelerators(function: Callable[..., Any], *arguments: Any) -> Any:
     def choose(*operands: Any, default: Callable[..., Any], **_: Callable[..., Any]) -> Any:
         return default(*operands)
 
+    jax.clear_caches()  # of what was traced for the CPU
     with mock.patch.object(jax.lax, "platform_dependent", choose):
-        return function(*arguments)
+        result = function(*arguments)
+    jax.clear_caches()
+    return result
 
 
 def form_costs() -> dict[str, list[Any]]:

@@ -38,14 +38,14 @@ def tensor(array: NDArray[Any], name: str, channels: int) -> Any:
 
 
 def layer(
-    name: str, problem: Any, given: list[dict[str, NDArray[Any]]]
+    name: str, problem: Any, given: list[dict[str, NDArray[Any]]], device: str = "cpu"
 ) -> tuple[Callable[[Any], Any], list[Any]]:
     """The pass of a problem, `(y, dx)` or `(y,)` first, and its inputs."""
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
     axis = -1 if problem.layout == "NHWC" else 1
-    inputs = [{k: tensor(v, name, axis) for k, v in arrays.items()} for arrays in given]
+    inputs = [{k: tensor(v, name, axis).to(device) for k, v in a.items()} for a in given]
     training, backward = problem.passes != "inference", problem.passes == "forward+backward"
 
     def normalized(a: dict[str, Any], x: Any, scale: Any, bias: Any, residual: Any) -> Any:

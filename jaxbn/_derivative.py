@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxbn._activation import PIECEWISE_LINEAR, Activation
+from jaxbn._activation import ACTIVATIONS, PIECEWISE_LINEAR, Activation
 from jaxbn._devices import Devices
 from jaxbn._shifted import centered, mean_and_covariance, shifted_moments, where_valid
 from jaxbn._sums import expand, expand_tangent, written_out
@@ -48,6 +48,21 @@ class Batch(NamedTuple):
     var: jax.Array
     rstd: jax.Array
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
+
+
+def traced_once(function: Callable[..., Any], form: Form) -> Callable[..., Any]:
+    """`function(…, form=form)`, which all layers that are alike share, in its trace and compiled.
+
+    Not so for activations of the user's own, which may be another function object in every call.
+    """
+    if form.activation is None or form.activation in ACTIVATIONS.values():
+        return functools.partial(_jitted(function), form=form)
+    return functools.partial(function, form=form)
+
+
+@functools.cache
+def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(function, static_argnames="form")
 
 
 def recomputed(function: Callable[..., Any], **static: Any) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ from jaxbn._derivative import (
     affine,
     normalize_by_batch,
     recomputed,
+    traced_once,
 )
 from jaxbn._devices import ALONE, AxisIndexGroups, AxisName, checked_devices
 from jaxbn._groups import by_group, checked_num_groups
@@ -98,12 +99,19 @@ def normalize(
     x, mask = checked_mask(mask, x)
     residual = checked_residual(residual, x, dtype)
     operands, form = _operands(x, scale, bias, mask, residual, activation, form, wide)
-    rstd = jax.lax.rsqrt(var.astype(wide) + epsilon)
-    y: jax.Array = recomputed(_normalize, form=form)(operands, mean.astype(wide), rstd)
+    y: jax.Array = traced_once(_normalize, form)(operands, mean.astype(wide), var.astype(wide))
     return y
 
 
-def _normalize(operands: Operands, mean: jax.Array, rstd: jax.Array, *, form: Form) -> jax.Array:
+def _normalize(operands: Operands, mean: jax.Array, var: jax.Array, form: Form) -> jax.Array:
+    rstd = jax.lax.rsqrt(var + form.epsilon)
+    y: jax.Array = recomputed(_by_statistics, form=form)(operands, mean, rstd)
+    return y
+
+
+def _by_statistics(
+    operands: Operands, mean: jax.Array, rstd: jax.Array, *, form: Form
+) -> jax.Array:
     x, mask, scale, bias, residual, constants = operands
     z = affine(x, mask, mean, scale * rstd, bias, residual, axis=form.axis)
     return activated(z, mask, constants, form)
@@ -194,9 +202,8 @@ def batch_normalize(
         x: jax.Array, mask: jax.Array | None, residual: jax.Array | None
     ) -> tuple[jax.Array, Shifted]:
         check_values_per_channel(x, axis, form.devices)
-        y, batch = normalize_by_batch(
-            *_operands(x, scale, bias, mask, residual, activation, form, wide)
-        )
+        operands, applied = _operands(x, scale, bias, mask, residual, activation, form, wide)
+        y, batch = traced_once(normalize_by_batch, applied)(operands)
         return y, Shifted(batch.shift, batch.delta, batch.var, batch.count)
 
     if groups == 1:

@@ -1,5 +1,6 @@
 """Running statistics: the value a model keeps, and the only place that knows about momentum."""
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -174,9 +175,23 @@ def update_batch_stats(
     moments = Moments(*map(jnp.asarray, moments))
     stats, moments = jax.lax.stop_gradient((checked_stats(stats), moments))
     _check_shapes(stats, moments)
+    skip = None if skip_nonfinite is False else skip_nonfinite
+    updated: BatchStats = _updated(stats, moments, momentum, skip, unbiased=unbiased)
+    return updated
+
+
+@functools.partial(jax.jit, static_argnames="unbiased")
+def _updated(
+    stats: BatchStats,
+    moments: Moments,
+    momentum: ArrayLike | None,
+    skip_nonfinite: bool | jax.Array | None,
+    *,
+    unbiased: bool,
+) -> BatchStats:
     dtype = stats.mean.dtype
     kept, counted = jnp.array(True), jnp.array(True)
-    if skip_nonfinite is not False:  # whether to count takes all channels, and those of all devices
+    if skip_nonfinite is not None:  # whether to count takes all channels, and those of all devices
         finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
         kept = finite | jnp.logical_not(skip_nonfinite)
         counted = kept.any()

@@ -25,16 +25,19 @@ LAYOUTS = [
 ]
 
 
-@pytest.fixture(params=BOUND)
-def platform(request, monkeypatch):
+@pytest.fixture(params=BOUND, scope="module")
+def platform(request):
     """The form of the moments for one kind of platform, whatever platform this is."""
-    if request.param != "CPU":
 
-        def choose(*operands, default, **_):
-            return default(*operands)
+    def choose(*operands, default, **_):
+        return default(*operands)
 
-        monkeypatch.setattr(jax.lax, "platform_dependent", choose)
-    return request.param
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "CPU":
+            patch.setattr(jax.lax, "platform_dependent", choose)
+        jax.clear_caches()  # of what was traced for the other
+        yield request.param
+    jax.clear_caches()
 
 
 @functools.cache
