@@ -15,12 +15,12 @@ folding, against float64: the largest difference over the largest magnitude.
 import argparse
 import csv
 import platform
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import measuring
 import mobilenet
 import numpy as np
 from rich.box import MARKDOWN
@@ -28,8 +28,6 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxbn
-
-WARM_UP = 3
 
 
 class Compiled(NamedTuple):
@@ -66,20 +64,6 @@ def compiled(network: mobilenet.MobileNetV2, variables: Any, x: jax.Array) -> Co
     return Compiled(lambda: executable(variables, x), megabytes, fusions)
 
 
-def times(networks: dict[str, Compiled], repetitions: int) -> dict[str, np.ndarray]:
-    """Milliseconds of each run; the networks take turns, and turns at being first."""
-    for _ in range(WARM_UP):
-        for network in networks.values():
-            network.run().block_until_ready()
-    taken: dict[str, list[float]] = {name: [] for name in networks}
-    for i in range(repetitions):
-        for name in list(networks)[:: -1 if i % 2 else 1]:
-            start = time.perf_counter()
-            networks[name].run().block_until_ready()
-            taken[name].append(1e3 * (time.perf_counter() - start))
-    return {name: np.array(values) for name, values in taken.items()}
-
-
 def measure(batch: int, size: int, repetitions: int, table: Table) -> list[tuple[Any, ...]]:
     """Adds the rows of one batch size to the table; a row for each time that was taken."""
     x = jax.random.normal(jax.random.key(2), (batch, size, size, 3))
@@ -92,7 +76,11 @@ def measure(batch: int, size: int, repetitions: int, table: Table) -> list[tuple
     }
     expected, actual = (np.asarray(network.run()) for network in networks.values())
     difference = np.abs(actual - expected).max() / np.abs(expected).max()
-    taken = times(networks, repetitions)
+    runs = {
+        name: lambda n=network: n.run().block_until_ready() for name, network in networks.items()
+    }
+    seconds = measuring.take_turns(runs, repetitions)
+    taken = {name: 1e3 * values for name, values in seconds.items()}
     ratio = np.median(taken["folded"] / taken["unfolded"])
     for name, network in networks.items():
         lower, median, upper = np.percentile(taken[name], (25, 50, 75))

@@ -35,14 +35,14 @@ def fresh(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros_like(scale), jnp.ones_like(scale)
 
 
-def jaxbn_training(case: str, axis: int, momentum: float = MOMENTUM) -> Layer:
+def jaxbn_training(case: str, axis: int) -> Layer:
     """Activation and residual are part of the call."""
 
     def layer(x: jax.Array, scale: jax.Array, bias: jax.Array, *residual: jax.Array) -> Any:
         mean, var = fresh(scale)
         stats = jaxbn.BatchStats(mean, var, jnp.zeros((), jnp.int32))
         options = fused(case, axis, residual) | {"epsilon": EPSILON, "unbiased": False}
-        y, stats = jaxbn.batch_norm(x, stats, scale, bias, train=True, momentum=momentum, **options)
+        y, stats = jaxbn.batch_norm(x, stats, scale, bias, train=True, momentum=MOMENTUM, **options)
         return y, (stats.mean, stats.var)
 
     return layer
@@ -175,13 +175,13 @@ def with_haiku(axis: int, momentum: float = MOMENTUM) -> Callable[..., Any]:
     return normalized
 
 
-def with_equinox(axis: int) -> Callable[..., Any]:
+def with_equinox(axis: int, momentum: float = MOMENTUM) -> Callable[..., Any]:
     """`equinox.nn.BatchNorm`, which wants the channels first in each sample."""
     import equinox as eqx
 
     def normalized(x, scale, bias, mean, var, train):  # type: ignore[no-untyped-def]
         module, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
-            scale.size, axis_name="batch", eps=EPSILON, momentum=1 - MOMENTUM, mode="batch"
+            scale.size, axis_name="batch", eps=EPSILON, momentum=1 - momentum, mode="batch"
         )
         module = eqx.tree_at(lambda m: (m.weight, m.bias), module, (scale, bias))
         hidden = state.get(module.batch_state_index)
@@ -199,14 +199,14 @@ def with_equinox(axis: int) -> Callable[..., Any]:
     return normalized
 
 
-def with_keras(axis: int) -> Callable[..., Any]:
+def with_keras(axis: int, momentum: float = MOMENTUM) -> Callable[..., Any]:
     """`keras.layers.BatchNormalization` on JAX."""
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
 
     def normalized(x, scale, bias, mean, var, train):  # type: ignore[no-untyped-def]
         module = keras.layers.BatchNormalization(
-            axis=axis, momentum=1 - MOMENTUM, epsilon=EPSILON, dtype=policy(x.dtype)
+            axis=axis, momentum=1 - momentum, epsilon=EPSILON, dtype=policy(x.dtype)
         )
         module.build(x.shape)
         y, stats = module.stateless_call([scale, bias], [mean, var], x, training=train)

@@ -10,17 +10,16 @@ already rounded input. An error is the largest difference over the largest magni
 
 import functools
 import importlib.util
-import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from unittest import mock
 
-import flax.linen as nn
 import h100
 import hlo
 import jax
 import jax.numpy as jnp
+import libraries
 import numpy as np
 import traffic
 from rich import box
@@ -32,7 +31,7 @@ import jaxbn
 SHAPE = (32, 28, 28, 16)
 LARGE = (32, 56, 56, 64)
 AXES = (0, 1, 2)  # all but the channels
-EPSILON = 1e-5
+EPSILON = libraries.EPSILON
 CONSOLE = Console(width=160, markup=False, highlight=False)
 
 
@@ -104,76 +103,26 @@ def with_torch(layout: str) -> Method:
     return Method(step)
 
 
-def with_flax(fast: bool) -> Method:
-    """`flax.linen.BatchNorm`; at momentum 0, its running variance is the batch's."""
-    module = nn.BatchNorm(False, momentum=0.0, epsilon=EPSILON, use_fast_variance=fast)
+def from_libraries(normalizer: Callable[..., Any], axis: int = -1) -> Method:
+    """A layer of `libraries`, whose new variance is, at momentum 1, that of the batch."""
+    layer = libraries.followed("BN", normalizer(axis, momentum=1.0))
 
-    def layer(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-        stats = {"mean": jnp.zeros_like(bias), "var": jnp.ones_like(scale)}
-        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
-        y, updates = module.clone(dtype=x.dtype).apply(variables, x, mutable=["batch_stats"])
-        return y, jax.lax.stop_gradient(updates["batch_stats"]["var"])
+    def with_var(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, (_, var) = layer(x, scale, bias)
+        return y, var
 
-    return in_jax(layer)
-
-
-def with_haiku() -> Method:
-    """`haiku.BatchNorm`, with scale and offset handed in at the call."""
-    import haiku as hk
-
-    @hk.transform_with_state
-    def function(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-        module = hk.BatchNorm(False, False, decay_rate=0.0, eps=EPSILON, name="norm")
-        return module(x, is_training=True, scale=scale, offset=bias)
-
-    def layer(*arguments: jax.Array) -> tuple[jax.Array, jax.Array]:
-        params, state = function.init(None, *map(jax.lax.stop_gradient, arguments))
-        y, state = function.apply(params, state, None, *arguments)
-        return y, jax.lax.stop_gradient(state["norm/~/var_ema"]["average"].ravel())
-
-    return in_jax(layer)
-
-
-def with_equinox() -> Method:
-    """`equinox.nn.BatchNorm`, which wants the channels first."""
-    import equinox as eqx
-
-    def layer(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-        module, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
-            scale.size, axis_name="batch", eps=EPSILON, momentum=0.0, mode="batch"
-        )
-        module = eqx.tree_at(lambda module: (module.weight, module.bias), module, (scale, bias))
-        y, state = jax.vmap(module, (0, None), (0, None), axis_name="batch")(x, state)
-        return y, jax.lax.stop_gradient(state.get(module.batch_state_index)[1])
-
-    return in_jax(layer, axis=1)
-
-
-def with_keras() -> Method:
-    """`keras.layers.BatchNormalization` on JAX."""
-    os.environ["KERAS_BACKEND"] = "jax"
-    import keras
-
-    module = keras.layers.BatchNormalization(momentum=0.0, epsilon=EPSILON)
-    module.build(SHAPE)
-
-    def layer(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-        stats = [jnp.zeros_like(bias), jnp.ones_like(scale)]
-        y, (_, var) = module.stateless_call([scale, bias], stats, x, training=True)
-        return y, jax.lax.stop_gradient(var)
-
-    return in_jax(layer)
+    return in_jax(with_var, axis)
 
 
 METHODS = {
     "jaxbn": ("jaxbn", with_jaxbn),
     "torch": ("torch", functools.partial(with_torch, "contiguous_format")),
     "torch, NHWC": ("torch", functools.partial(with_torch, "channels_last")),
-    "Flax": ("flax", functools.partial(with_flax, fast=True)),
-    "Flax, slow": ("flax", functools.partial(with_flax, fast=False)),
-    "haiku": ("haiku", with_haiku),
-    "equinox": ("equinox", with_equinox),
-    "keras": ("keras", with_keras),
+    "Flax": ("flax", lambda: from_libraries(libraries.linen)),
+    "Flax, slow": ("flax", lambda: from_libraries(functools.partial(libraries.linen, fast=False))),
+    "haiku": ("haiku", lambda: from_libraries(libraries.with_haiku)),
+    "equinox": ("equinox", lambda: from_libraries(libraries.with_equinox, axis=1)),
+    "keras": ("keras", lambda: from_libraries(libraries.with_keras)),
 }
 FORMS = {
     "E[x²] − E[x]²": lambda x, shift: jnp.square(x).mean(AXES) - jnp.square(x.mean(AXES)),

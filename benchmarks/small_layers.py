@@ -133,11 +133,11 @@ def inner(jaxpr: Any) -> list[Any]:
     return [getattr(v, "jaxpr", v) for v in leaves if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
 
 
-def sizes() -> list[dict[str, Any]]:
+def sizes(depth: int = DEPTH) -> list[dict[str, Any]]:
     """Equations and lines of StableHLO of the deep network, forward and with gradients."""
     x = jnp.ones((SAMPLES, CHANNELS))
     rows = []
-    for name, (forward, variables) in models(DEPTH).items():
+    for name, (forward, variables) in models(depth).items():
         both = with_gradients(forward)
         for what, function, arguments in (
             ("forward", forward, (variables, x)),
@@ -201,11 +201,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=1000, help="of a compiled call")
     parser.add_argument("--compilations", type=int, default=7)
+    parser.add_argument("--depth", type=int, default=DEPTH, help="layers of the deep network")
     parser.add_argument("--csv", default=str(measuring.RESULTS / "small_layers.csv"))
     options = parser.parse_args(arguments)
-    rows = sizes() + calls(options.repetitions)
-    rows += first_steps(1, "ms to the first step, one layer", options.compilations)
-    rows += first_steps(DEPTH, "ms to the first step, 50 layers", max(options.compilations // 2, 1))
+    depth, compilations = options.depth, options.compilations
+    rows = sizes(depth) + calls(options.repetitions)
+    rows += first_steps(1, "ms to the first step, one layer", compilations)
+    rows += first_steps(depth, f"ms to the first step, {depth} layers", max(compilations // 2, 1))
     Console(width=160).print(table(rows))
     measuring.write_csv(options.csv, rows, measuring.machine())
 

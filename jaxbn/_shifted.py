@@ -144,7 +144,7 @@ def _local_moments(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DType
         count = jnp.asarray(x.size // x.shape[axis], dtype)
     else:
         count = _valid_count(mask, x, axis, dtype)
-    on_a_cpu = functools.partial(_moments, axis=axis, parts=(16, 4), total=sum_in_pieces)
+    on_a_cpu = functools.partial(_moments, axis=axis, parts=(256, 4), total=sum_in_pieces)
     elsewhere = functools.partial(_moments, axis=axis, parts=(16,), total=sum_over)
     moments: Shifted = jax.lax.platform_dependent(x, mask, count, cpu=on_a_cpu, default=elsewhere)
     return moments

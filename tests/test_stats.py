@@ -147,7 +147,8 @@ def test_a_finite_batch_is_never_skipped():
     for train in (True, False):
         expected = jaxbn.batch_norm(x, old, train=train)
         actual = jaxbn.batch_norm(x, old, train=train, skip_nonfinite=True)
-        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+        # Two programs, which a compiler may round differently.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), actual, expected)
 
 
 @pytest.mark.parametrize("module", [linen.BatchNorm, lambda **kw: linen.BatchNorm1d(3, **kw)])

@@ -4,9 +4,12 @@ import h100
 import hlo
 import jax
 import jax.numpy as jnp
+import network_traffic
 import pytest
+import tpu
 import traffic
 from jax.sharding import SingleDeviceSharding
+from libraries import LIBRARIES
 
 # Bytes per element: two passes forward and two backward are 16, 16 and 22 in bfloat16.
 LIMITS = {
@@ -60,7 +63,7 @@ def test_the_counter_refuses_loops():
 @pytest.mark.parametrize(("case", "dtype"), LIMITS)
 def test_on_an_h100(case, dtype, layout):
     shape, axis = traffic.SHAPES[layout]
-    layer = traffic.ours(case, axis)
+    layer = LIBRARIES["jaxbn"].training(case, axis)
     cost = traffic.measure(layer, case, shape, axis, jnp.dtype(dtype), h100.sharding())
     crossing, kept = LIMITS[case, dtype]
     assert cost.forward + cost.backward <= crossing
@@ -75,8 +78,53 @@ def test_on_the_cpu(case, dtype, layout):
     device = SingleDeviceSharding(jax.devices("cpu")[0])
     with jax.numpy_dtype_promotion("standard"):  # Flax promotes
         cost, flax = (
-            traffic.measure(make(case, axis), case, shape, axis, jnp.dtype(dtype), device)
-            for make in (traffic.ours, traffic.flax)
+            traffic.measure(
+                LIBRARIES[name].training(case, axis), case, shape, axis, jnp.dtype(dtype), device
+            )
+            for name in ("jaxbn", "flax.linen")
         )
     assert cost.kept <= LIMITS[case, dtype][1]
     assert cost.forward + cost.backward < flax.forward + flax.backward
+
+
+@pytest.mark.parametrize(("case", "dtype"), LIMITS)
+def test_a_cpu_writes_no_large_temporary(case, dtype):
+    """What is computed in front of a sum is not written out, nor a conversion of the input."""
+    shape = (32, 32, 32, 32)
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    vector = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+    layer = LIBRARIES["jaxbn"].training(case, -1)
+
+    def step(x, scale, bias, dy, *residual):
+        y, pullback, stats = jax.vjp(layer, x, scale, bias, *residual, has_aux=True)
+        return y, stats, pullback(dy)
+
+    residual = [x] if "add" in case else []
+    memory = jax.jit(step).lower(x, vector, vector, x, *residual).compile().memory_analysis()
+    # Partial sums of an eighth of the elements, two at a time, in float32.
+    assert memory.temp_size_in_bytes <= 1.01 * 2 * 4 / 8 * 32**4
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("H100", marks=pytest.mark.skipif(not h100.available(), reason="no compiler")),
+        pytest.param(
+            "TPU v5e", marks=pytest.mark.skipif(not tpu.available(), reason="no compiler")
+        ),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_whole_step_moves_less_than_with_flax(dtype, place):
+    device = h100.sharding() if place == "H100" else tpu.sharding()
+    with jax.numpy_dtype_promotion("standard"):  # Flax promotes
+        none, ours, flax = (
+            network_traffic.step_cost(name, dtype, False, device, 8, place != "H100")["crossing"]
+            for name in ("none", "jaxbn", "flax.linen")
+        )
+        kept = [
+            network_traffic.step_cost(name, dtype, True, device, 8)["temporary"]
+            for name in ("jaxbn", "flax.linen")
+        ]
+    assert none < ours < flax
+    assert kept[0] < kept[1]

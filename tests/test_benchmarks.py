@@ -1,0 +1,187 @@
+"""The benchmarks on small sizes: what they time is right, and what is deterministic holds."""
+
+import csv
+
+import bench_gpu
+import bench_layer
+import bench_network
+import jax
+import libraries
+import measuring
+import memory
+import networks
+import numpy as np
+import peer_torch
+import pytest
+import small_layers
+
+PROBLEMS = [
+    bench_layer.Problem(case, passes, 14, 16, 4, dtype, layout)
+    for case in libraries.CASES
+    for passes in bench_layer.PASSES
+    for dtype, layout in (("float32", "NHWC"), ("bfloat16", "NCHW"))
+]
+
+
+@pytest.fixture(autouse=True)
+def peers_promote():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def rows_of(path):
+    lines = path.read_text().splitlines()
+    about = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    return about, list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("name", ["jaxbn", "flax.linen", "flax.nnx", "haiku", "equinox", "keras"])
+def test_every_library_computes_batch_norm(name, problem):
+    pytest.importorskip(libraries.LIBRARIES[name].package)
+    check(bench_layer.in_jax(libraries.LIBRARIES[name], problem), problem, name)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("name", peer_torch.NAMES[:2])
+def test_torch_computes_batch_norm(name, problem):
+    pytest.importorskip("torch")
+    given = bench_layer.arrays(problem, 0)
+    run, inputs = peer_torch.layer(name, problem, [given])
+    outputs = run(inputs[0])[0]
+    assert bench_layer.error(problem, outputs, bench_layer.referee(problem, given)) < limit(problem)
+
+
+def check(function, problem, name):
+    given = bench_layer.arrays(problem, 0)
+    outputs, _ = function(*bench_layer.jax_inputs(problem, given))
+    expected = bench_layer.referee(problem, given)
+    assert len(outputs) == len(expected)
+    error = bench_layer.error(problem, outputs, expected)
+    # haiku computes in bfloat16 what the others compute in float32.
+    assert error < (5 if name == "haiku" and problem.dtype == "bfloat16" else 1) * limit(problem)
+
+
+def test_the_check_sees_a_wrong_output():
+    problem = PROBLEMS[0]
+    expected = bench_layer.referee(problem, bench_layer.arrays(problem, 0))
+    outputs = [np.zeros(problem.shape)]
+    assert bench_layer.error(problem, outputs, expected) > 0.5
+
+
+def limit(problem):
+    # In bfloat16 some sums round to zero before ReLU, whose gradient then is another one.
+    return 1e-5 if problem.dtype == "float32" else 0.1
+
+
+def test_the_shapes_are_all_batch_norms_of_resnet50():
+    assert sum(bench_layer.RESNET50.values()) == 53
+    assert len(bench_layer.RESNET50) == 12
+
+
+def test_the_layer_benchmark(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    bench_layer.main(
+        [
+            *("--quick", "--repetitions", "2", "--dtypes", "float32", "--passes", "forward"),
+            *("--libraries", "jaxbn", "flax.linen", "--csv", str(path), "--plot", f"{path}.png"),
+        ]
+    )
+    about, rows = rows_of(path)
+    assert about["jax"] == jax.__version__
+    assert "bench" in about["command"] or "pytest" in about["command"]
+    assert len(rows) == 3 * 2
+    for row in rows:
+        assert float(row["error"]) < 1e-6
+        assert float(row["lower_ms"]) <= float(row["median_ms"]) <= float(row["upper_ms"])
+    assert "over jaxbn, geometric mean" in capsys.readouterr().out
+    assert (tmp_path / "rows.csv.png").stat().st_size > 0
+
+
+def test_the_ratios_are_those_of_medians():
+    rows = [
+        {"side": 7, "channels": 512, "library": name, "median_ms": ms}
+        for name, ms in (("jaxbn", 2.0), ("peer", 3.0))
+    ]
+    assert bench_layer.ratios(rows, "peer") == [1.5]
+    assert measuring.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    assert measuring.quartiles([1, 2, 3, 4, 5]) == (2, 3, 4)
+
+
+def test_the_network_benchmark(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    bench_network.main(
+        [
+            *("--quick", "--networks", "resnet20"),
+            *("--libraries", "jaxbn", "flax.linen", "--csv", str(path), "--plot", f"{path}.png"),
+        ]
+    )
+    _, rows = rows_of(path)
+    losses = {row["library"]: float(row["first_loss"]) for row in rows}
+    megabytes = {row["library"]: float(row["megabytes"]) for row in rows}
+    assert losses["jaxbn"] == pytest.approx(losses["flax.linen"], rel=1e-3)
+    assert losses["jaxbn"] != pytest.approx(losses["none"], rel=1e-3)
+    assert megabytes["jaxbn"] < megabytes["flax.linen"]
+
+
+def test_blocks_under_scan_are_the_blocks():
+    params = jax.vmap(lambda key: networks.bottleneck_params(key, 16))(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 16))
+    layers = bench_network.layers_of("jaxbn")
+    plain, scanned = (networks.blocks(params, x, layers, scan)[0] for scan in (False, True))
+    np.testing.assert_allclose(plain, scanned, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", libraries.CASES)
+@pytest.mark.parametrize("dtype", memory.DTYPES)
+def test_no_peer_keeps_less(case, dtype):
+    size = np.dtype(np.float32).itemsize if dtype == "float32" else 2
+    kept, rest = memory.kept_in_jax(libraries.LIBRARIES["jaxbn"], case, dtype)
+    assert kept == size * (1 + ("add" in case))  # the input, and there the output
+    assert rest == 0
+    for library in libraries.installed().values():
+        assert kept <= memory.kept_in_jax(library, case, dtype)[0]
+
+
+def test_no_torch_keeps_less():
+    pytest.importorskip("torch")
+    for case in libraries.CASES:
+        ours, _ = memory.kept_in_jax(libraries.LIBRARIES["jaxbn"], case, "float32")
+        assert ours <= memory.kept_in_torch(case, "float32")[0]
+
+
+def test_what_is_named_is_kept_once_a_layer():
+    ours = libraries.LIBRARIES["jaxbn"]
+    # The input of the network, and the input of each of its three batch norms.
+    assert memory.kept_in_blocks(ours, "float32", policy=True) == pytest.approx(4 * (1 + 3) / 3)
+    assert memory.kept_in_blocks(ours, "float32", policy=False) == pytest.approx(
+        4 * (1 + 3 + 2) / 3
+    )
+
+
+def test_a_deep_network_is_no_larger_a_program_than_with_flax():
+    values = {(row["what"], row["library"]): row["median"] for row in small_layers.sizes()}
+    for what, library in values:
+        if library.startswith("jaxbn."):
+            peer = library.replace("jaxbn", "flax")
+            assert values[what, library] <= values[what, peer], what
+
+
+def test_small_layers_are_timed(tmp_path):
+    path = tmp_path / "rows.csv"
+    small_layers.main(
+        ["--repetitions", "2", "--compilations", "1", "--depth", "2", "--csv", str(path)]
+    )
+    _, rows = rows_of(path)
+    assert {row["library"] for row in rows} == set(small_layers.models(1))
+    assert all(float(row["median"]) > 0 for row in rows)
+
+
+def test_the_gpu_benchmark_runs_without_one(tmp_path):
+    path = tmp_path / "rows.csv"
+    bench_gpu.main(["--device", "cpu", "--quick", "--dtypes", "float32", "--csv", str(path)])
+    _, rows = rows_of(path)
+    assert {row["library"] for row in rows} == set(bench_gpu.JAX_LIBRARIES)
+    assert {row["passes"] for row in rows} == set(bench_layer.PASSES)
