@@ -4,9 +4,7 @@ import h100
 import hlo
 import jax
 import jax.numpy as jnp
-import network_traffic
 import pytest
-import tpu
 import traffic
 from jax.sharding import SingleDeviceSharding
 from libraries import LIBRARIES
@@ -103,28 +101,3 @@ def test_a_cpu_writes_no_large_temporary(case, dtype):
     memory = jax.jit(step).lower(x, vector, vector, x, *residual).compile().memory_analysis()
     # Partial sums of an eighth of the elements, two at a time, in float32.
     assert memory.temp_size_in_bytes <= 1.01 * 2 * 4 / 8 * 32**4
-
-
-@pytest.mark.parametrize(
-    "place",
-    [
-        pytest.param("H100", marks=pytest.mark.skipif(not h100.available(), reason="no compiler")),
-        pytest.param(
-            "TPU v5e", marks=pytest.mark.skipif(not tpu.available(), reason="no compiler")
-        ),
-    ],
-)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_whole_step_moves_less_than_with_flax(dtype, place):
-    device = h100.sharding() if place == "H100" else tpu.sharding()
-    with jax.numpy_dtype_promotion("standard"):  # Flax promotes
-        none, ours, flax = (
-            network_traffic.step_cost(name, dtype, False, device, 8, place != "H100")["crossing"]
-            for name in ("none", "jaxbn", "flax.linen")
-        )
-        kept = [
-            network_traffic.step_cost(name, dtype, True, device, 8)["temporary"]
-            for name in ("jaxbn", "flax.linen")
-        ]
-    assert none < ours < flax
-    assert kept[0] < kept[1]
