@@ -144,7 +144,7 @@ def _local_moments(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DType
         count = jnp.asarray(x.size // x.shape[axis], dtype)
     else:
         count = _valid_count(mask, x, axis, dtype)
-    on_a_cpu = functools.partial(_moments, axis=axis, parts=(256, 4), total=sum_in_pieces)
+    on_a_cpu = functools.partial(_moments, axis=axis, parts=(16, 4), total=sum_in_pieces)
     elsewhere = functools.partial(_moments, axis=axis, parts=(16,), total=sum_over)
     moments: Shifted = jax.lax.platform_dependent(x, mask, count, cpu=on_a_cpu, default=elsewhere)
     return moments
@@ -164,8 +164,7 @@ def _moments(
     Under a mask every part is all that it leaves.
     """
     estimate = jnp.zeros(x.shape[axis], count.dtype)
-    # The sums of small arrays need no correction.
-    for part in parts[: 1 if is_small(x) else None]:
+    for part in parts:
         some, some_count = x, count
         if mask is None:
             some = _part(x, axis, part)
