@@ -10,7 +10,6 @@ already rounded input. An error is the largest difference over the largest magni
 
 import functools
 import importlib.util
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,8 +19,11 @@ import hlo
 import jax
 import jax.numpy as jnp
 import libraries
+import measuring
 import numpy as np
+import peer_torch
 import traffic
+from referee import Result, error, training
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -33,16 +35,6 @@ LARGE = (32, 56, 56, 64)
 AXES = (0, 1, 2)  # all but the channels
 EPSILON = libraries.EPSILON
 CONSOLE = Console(width=160, markup=False, highlight=False)
-
-
-class Result(NamedTuple):
-    """What one training step of one layer gives: output, biased variance and gradients."""
-
-    y: Any
-    var: Any
-    dx: Any
-    dscale: Any
-    dbias: Any
 
 
 class Method(NamedTuple):
@@ -76,24 +68,19 @@ def with_jaxbn() -> Method:
     return in_jax(layer)
 
 
-def with_torch(layout: str) -> Method:
-    """`torch.nn.functional.batch_norm`, in one of the two memory layouts that have kernels."""
+def with_torch(name: str) -> Method:
+    """`torch.nn.functional.batch_norm`, in the memory layout of a name in `peer_torch`."""
     import torch
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        # from_numpy does not know bfloat16; by way of float32 nothing is lost.
-        return torch.from_numpy(array.astype(np.float32)).to(getattr(torch, array.dtype.name))
-
     def image(array: np.ndarray) -> torch.Tensor:
-        memory_format = getattr(torch, layout)
-        return tensor(array).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+        return peer_torch.tensor(array, name, -1)
 
     def channels_last(x: torch.Tensor) -> np.ndarray:
         return x.detach().permute(0, 2, 3, 1).double().numpy()
 
     def step(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, dy: np.ndarray) -> Result:
         count = x.size // scale.size
-        x, scale, bias = (v.requires_grad_() for v in (image(x), tensor(scale), tensor(bias)))
+        x, scale, bias = (image(v).requires_grad_() for v in (x, scale, bias))
         mean, var = torch.zeros(len(bias)), torch.ones(len(bias))
         y = torch.nn.functional.batch_norm(x, mean, var, scale, bias, True, 1.0, EPSILON)
         y.backward(image(dy))
@@ -116,8 +103,8 @@ def from_libraries(normalizer: Callable[..., Any], axis: int = -1) -> Method:
 
 METHODS = {
     "jaxbn": ("jaxbn", with_jaxbn),
-    "torch": ("torch", functools.partial(with_torch, "contiguous_format")),
-    "torch, NHWC": ("torch", functools.partial(with_torch, "channels_last")),
+    "torch": ("torch", functools.partial(with_torch, "torch")),
+    "torch, NHWC": ("torch", functools.partial(with_torch, "torch channels_last")),
     "Flax": ("flax", lambda: from_libraries(libraries.linen)),
     "Flax, slow": ("flax", lambda: from_libraries(functools.partial(libraries.linen, fast=False))),
     "haiku": ("haiku", lambda: from_libraries(libraries.with_haiku)),
@@ -144,24 +131,6 @@ def installed() -> dict[str, Method]:
     return found
 
 
-def referee(*arguments: np.ndarray) -> Result:
-    """Batch norm of `(x, scale, bias, dy)` and its gradients in float64, from the definition."""
-    x, scale, bias, dy = (v.astype(np.float64) for v in arguments)
-    mean, var, count = x.mean(AXES), x.var(AXES), x.size // scale.size
-    deviation = np.sqrt(var + EPSILON)
-    normalized = (x - mean) / deviation
-    dbias, dscale = dy.sum(AXES), (dy * normalized).sum(AXES)
-    dx = scale / deviation * (dy - dbias / count - normalized * dscale / count)
-    return Result(normalized * scale + bias, var, dx, dscale, dbias)
-
-
-def error(actual: Any, expected: np.ndarray) -> float:
-    """Largest difference over the largest expected magnitude; NaN where there is a NaN."""
-    actual = np.asarray(actual, np.float64)
-    assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    return float(np.abs(actual - expected).max() / np.abs(expected).max())
-
-
 def sample(mean: float, std: float, shape: Any = SHAPE, seed: int = 0) -> np.ndarray:
     """Normal numbers, computed in float64 and rounded to float32."""
     numbers = np.random.RandomState(seed).standard_normal(shape)
@@ -178,7 +147,7 @@ def output_errors(methods: dict[str, Method], data: dict[str, np.ndarray]) -> di
     """For each input, the error of the output of each method."""
     rows = {}
     for name, x in data.items():
-        expected = referee(*problem(x)).y
+        expected = training(*problem(x)).y
         rows[name] = [error(method.step(*problem(x)).y, expected) for method in methods.values()]
     return rows
 
@@ -195,7 +164,7 @@ def every_quantity(methods: dict[str, Method]) -> dict[str, list[Any]]:
     results = [method.step(*arguments) for method in methods.values()]
     rows: dict[str, list[Any]] = {
         name: [error(getattr(result, name), expected) for result in results]
-        for name, expected in referee(*arguments)._asdict().items()
+        for name, expected in training(*arguments)._asdict().items()
     }
     label = "bytes per element, forward + backward, CPU module"
     rows[label] = [bytes_per_element(method) for method in methods.values()]
@@ -242,20 +211,11 @@ def form_costs() -> dict[str, list[Any]]:
             text = jax.jit(form).lower(*specs).compile().as_text()
             costs.append(f"{hlo.cost(text).bytes / x.size:.2f}")
         rows[f"bytes per element, {device}"] = costs
-    seconds = np.array(fastest([jax.jit(form) for form in FORMS.values()]))
-    return rows | {"time on the CPU": [f"{ratio:.2f}" for ratio in seconds / seconds[0]]}
-
-
-def fastest(functions: list[Callable[..., Any]], rounds: int = 20) -> list[float]:
-    """The shortest time of each function, taking turns."""
     arguments = jnp.asarray(sample(3.0, 2.0, LARGE)), jnp.ones(LARGE[-1:])
-    seconds = [float("inf")] * len(functions)
-    for _ in range(rounds + 1):
-        for i, function in enumerate(functions):
-            start = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            seconds[i] = min(seconds[i], time.perf_counter() - start)
-    return seconds
+    forms = {name: jax.jit(form) for name, form in FORMS.items()}
+    runs = {k: lambda f=f: jax.block_until_ready(f(*arguments)) for k, f in forms.items()}
+    seconds = np.array([taken.min() for taken in measuring.take_turns(runs, 20).values()])
+    return rows | {"time on the CPU": [f"{ratio:.2f}" for ratio in seconds / seconds[0]]}
 
 
 def form_errors() -> dict[str, list[Any]]:
