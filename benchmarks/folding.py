@@ -13,7 +13,6 @@ folding, against float64: the largest difference over the largest magnitude.
 """
 
 import argparse
-import csv
 import platform
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -64,7 +63,7 @@ def compiled(network: mobilenet.MobileNetV2, variables: Any, x: jax.Array) -> Co
     return Compiled(lambda: executable(variables, x), megabytes, fusions)
 
 
-def measure(batch: int, size: int, repetitions: int, table: Table) -> list[tuple[Any, ...]]:
+def measure(batch: int, size: int, repetitions: int, table: Table) -> list[dict[str, Any]]:
     """Adds the rows of one batch size to the table; a row for each time that was taken."""
     x = jax.random.normal(jax.random.key(2), (batch, size, size, 3))
     unfolded, folded = (mobilenet.MobileNetV2(folded=folded) for folded in (False, True))
@@ -83,7 +82,7 @@ def measure(batch: int, size: int, repetitions: int, table: Table) -> list[tuple
     taken = {name: 1e3 * values for name, values in seconds.items()}
     ratio = np.median(taken["folded"] / taken["unfolded"])
     for name, network in networks.items():
-        lower, median, upper = np.percentile(taken[name], (25, 50, 75))
+        lower, median, upper = measuring.quartiles(taken[name])
         table.add_row(
             f"batch {batch}, {name}",
             f"{median:.1f}",
@@ -93,7 +92,11 @@ def measure(batch: int, size: int, repetitions: int, table: Table) -> list[tuple
             str(network.fusions),
             "" if name == "unfolded" else f"{difference:.1e}",
         )
-    return [(batch, name, i, t) for name, values in taken.items() for i, t in enumerate(values)]
+    return [
+        {"batch": batch, "network": name, "turn": i, "milliseconds": t}
+        for name, values in taken.items()
+        for i, t in enumerate(values)
+    ]
 
 
 def errors() -> Table:
@@ -144,10 +147,7 @@ def main() -> None:
     console.print(table)
     console.print(rounding)
     if options.csv:
-        with open(options.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("batch", "network", "turn", "milliseconds"))
-            writer.writerows(rows)
+        measuring.write_csv(options.csv, rows, measuring.machine())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,10 +52,11 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def machine() -> dict[str, str]:
-    """What a result depends on: processor, cores, Python, versions, and the command."""
+    """What a result depends on: processor, cores, platform, versions, and the command."""
     about = {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
+        "platform": platform.platform(),
         "python": platform.python_version(),
     }
     for package in PACKAGES:
@@ -62,7 +64,7 @@ def machine() -> dict[str, str]:
             about[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    about["command"] = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    about["command"] = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     return about
 
 
