@@ -12,6 +12,7 @@ from flax import nnx
 
 import jaxbn
 
+os.environ["KERAS_BACKEND"] = "jax"  # is read where Keras is imported
 CASES = ("BN", "BN+ReLU", "BN+add+ReLU")
 EPSILON, MOMENTUM = 1e-5, 0.1
 Layer = Callable[..., Any]
@@ -166,7 +167,7 @@ def with_haiku(axis: int, momentum: float = MOMENTUM) -> Callable[..., Any]:
         shape[axis] = scale.size
         scale, bias = (v.reshape(shape).astype(x.dtype) for v in (scale, bias))
         state = {
-            name: {"counter": jnp.zeros((), jnp.int32), "hidden": v, "average": v}
+            name: {"counter": jnp.zeros((), jnp.int32), "hidden": 0 * v, "average": v}
             for name, v in zip(names, (v.reshape(shape) for v in (mean, var)), strict=True)
         }
         y, state = function.apply({}, state, None, x, scale, bias, train)
@@ -201,7 +202,6 @@ def with_equinox(axis: int, momentum: float = MOMENTUM) -> Callable[..., Any]:
 
 def with_keras(axis: int, momentum: float = MOMENTUM) -> Callable[..., Any]:
     """`keras.layers.BatchNormalization` on JAX."""
-    os.environ["KERAS_BACKEND"] = "jax"
     import keras
 
     def normalized(x, scale, bias, mean, var, train):  # type: ignore[no-untyped-def]
