@@ -1,13 +1,16 @@
 """What float32 input is worth: the guaranteed errors, whatever the mean, the data and the size."""
 
 import functools
+import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_reference import error, per_channel, problem, sample, train
 
 import jaxbn
+from jaxbn._shifted import _part
 
 # Largest error over the largest magnitude; of the variance, per channel.
 GUARANTEE = {"y": 1e-6, "var": 2e-6, "dx": 1e-6, "dbias": 1e-6, "dscale": 2e-6}
@@ -112,6 +115,23 @@ def hard_data(kind, shape, axis):
     elif kind == "std 1e14":
         x = (x - 3) * np.float32(1e14)
     return np.ascontiguousarray(np.moveaxis(x, -1, axis))
+
+
+@pytest.mark.parametrize("kind", ["constant", "outliers", "spike"])
+@pytest.mark.parametrize(("shape", "axis"), LAYOUTS[:4])  # of the others, the part is all
+def test_a_part_that_misleads_the_estimate(shape, axis, kind, platform):
+    indices = jnp.arange(math.prod(shape)).reshape(shape)
+    part = _part(indices, axis, 4 if platform == "CPU" else 16)
+    assert part.size < indices.size / 2
+    x = sample(shape, 0, 3.0, 1.0, np.float32)
+    if kind == "spike":
+        x[...] = 0.0
+        x.flat[np.moveaxis(part, axis, -1).reshape(-1, shape[axis])[0]] = 1e18
+    else:
+        x.flat[np.ravel(part)] = 7.0 if kind == "constant" else x.flat[np.ravel(part)] + 1e4
+    limit = 4 * max(BOUND[platform], GUARANTEE["var"] / 4)
+    quantities = ("y", "var", "dx", "dbias", "dscale over its parts")
+    assert_within(errors(x, axis, platform), dict.fromkeys(quantities, limit))
 
 
 @pytest.mark.parametrize(
