@@ -159,7 +159,7 @@ def _moments(
     parts: tuple[int, ...],
     total: Total,
 ) -> Shifted:
-    """Moments about an estimate of the mean, which each part of the batch, the last one, corrects.
+    """Moments about an estimate of the mean: that of the first part, corrected by the next ones.
 
     Under a mask every part is all that it leaves.
     """
@@ -186,12 +186,9 @@ def _names(entries: Iterable[Any]) -> set[str]:
     return {name for entry in entries for name in entry if name is not None}
 
 
-def centered(x: jax.Array, mask: jax.Array | None, axis: int, *shifts: jax.Array) -> jax.Array:
-    """`x` less each of the shifts, in their dtype; zero where masked, whatever stands there."""
-    deviation = x.astype(shifts[0].dtype)
-    for shift in shifts:
-        deviation = deviation - expand(shift, jax.typeof(x), axis)
-    return where_valid(mask, deviation)
+def centered(x: jax.Array, mask: jax.Array | None, axis: int, shift: jax.Array) -> jax.Array:
+    """`x − shift`, in the dtype of the shift; zero where masked, whatever stands there."""
+    return where_valid(mask, x.astype(shift.dtype) - expand(shift, jax.typeof(x), axis))
 
 
 def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:

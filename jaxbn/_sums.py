@@ -79,7 +79,7 @@ def means(
     sums = [total(x, axis) for x in arrays]
     if devices.names:
         sums = list(summed(jnp.stack(sums), devices))
-    return tuple(total / jnp.maximum(count, 1) for total in sums)
+    return tuple(value / jnp.maximum(count, 1) for value in sums)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -134,7 +134,7 @@ def written_out(x: jax.Array, *vectors: jax.Array) -> tuple[jax.Array, ...]:
     XLA would compute them inside of the loops over a large `x` that use them, for every element
     anew. It does not so with a reduction: of each vector and zeros, and in the transpose as well.
     """
-    if is_small(x) or any(map(_is_placed, (x, *vectors))):
+    if is_small(x) or any(_is_placed(jax.typeof(v)) for v in (x, *vectors)):
         return vectors
 
     def by_reduction(stack: jax.Array) -> jax.Array:
@@ -175,14 +175,14 @@ def _pieces(x: Any, axis: int) -> int:
     positions = reduced_axes(x.ndim, axis)[1:]
     adjacent = axis in (1, x.ndim - 1)
     size = math.prod(x.shape[i] for i in positions)
-    if not adjacent or is_small(x) or any(x.sharding.spec):
+    if not adjacent or is_small(x) or _is_placed(x):
         return 1
     return next((n for n in range(8, 1, -1) if size % n == 0 and size > n), 1)
 
 
 def _is_placed(x: Any) -> bool:
-    """Whether the type of `x` says that it is spread over devices."""
-    return any(jax.typeof(x).sharding.spec)
+    """Whether the type `x` says that arrays of it are spread over devices."""
+    return any(x.sharding.spec)
 
 
 def _high(x: jax.Array) -> jax.Array:
