@@ -92,7 +92,8 @@ def with_torch(name: str) -> Method:
 
 def from_libraries(normalizer: Callable[..., Any], axis: int = -1) -> Method:
     """A layer of `libraries`, whose new variance is, at momentum 1, that of the batch."""
-    layer = libraries.followed("BN", normalizer(axis, momentum=1.0))
+    normalized = functools.partial(normalizer, momentum=1.0)
+    layer = libraries.peer("", normalized).training("BN", axis)
 
     def with_var(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, (_, var) = layer(x, scale, bias)
@@ -196,31 +197,37 @@ def for_accelerators(function: Callable[..., Any], *arguments: Any) -> Any:
     return result
 
 
+def compiled_forms(shape: tuple[int, ...], sharding: Any = None) -> list[Any]:
+    """The forms of the variance, compiled once for float32 arrays of a shape."""
+    x, shift = (
+        jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for s in (shape, shape[-1:])
+    )
+    return [jax.jit(form).lower(x, shift).compile() for form in FORMS.values()]
+
+
 def form_costs() -> dict[str, list[Any]]:
     """Bytes that each form reads, and its time on this machine over that of the first."""
-    x = jax.ShapeDtypeStruct(LARGE, jnp.float32)
-    shift = jax.ShapeDtypeStruct(LARGE[-1:], jnp.float32)
     devices = {"CPU": jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])}
     if h100.available():
         devices["H100"] = h100.sharding()
-    rows: dict[str, list[Any]] = {}
-    for device, sharding in devices.items():
-        costs = []
-        for form in FORMS.values():
-            specs = (jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for v in (x, shift))
-            text = jax.jit(form).lower(*specs).compile().as_text()
-            costs.append(f"{hlo.cost(text).bytes / x.size:.2f}")
-        rows[f"bytes per element, {device}"] = costs
+    forms = {device: compiled_forms(LARGE, sharding) for device, sharding in devices.items()}
+    size = np.prod(LARGE)
+    rows: dict[str, list[Any]] = {
+        f"bytes per element, {device}": [f"{hlo.cost(f.as_text()).bytes / size:.2f}" for f in each]
+        for device, each in forms.items()
+    }
     arguments = jnp.asarray(sample(3.0, 2.0, LARGE)), jnp.ones(LARGE[-1:])
-    forms = {name: jax.jit(form) for name, form in FORMS.items()}
-    runs = {k: lambda f=f: jax.block_until_ready(f(*arguments)) for k, f in forms.items()}
+    runs = {
+        name: lambda f=form: jax.block_until_ready(f(*arguments))
+        for name, form in zip(FORMS, forms["CPU"], strict=True)
+    }
     seconds = np.array([taken.min() for taken in measuring.take_turns(runs, 20).values()])
     return rows | {"time on the CPU": [f"{ratio:.2f}" for ratio in seconds / seconds[0]]}
 
 
 def form_errors() -> dict[str, list[Any]]:
     """For each kind of data, the error of the variance in each form; K is nine tenths of E[x]."""
-    functions = [jax.jit(form) for form in FORMS.values()]
+    functions = compiled_forms(SHAPE)
     rows = {}
     for name, x in kinds_of_data().items():
         exact = x.astype(np.float64)
