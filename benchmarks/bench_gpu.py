@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import bench_layer
 import jax
 import jax.numpy as jnp
+import layer_problems
 import libraries
 import measuring
 import peer_torch
@@ -52,12 +52,12 @@ def chained(step: Callable[[Any], Any], start: Any, lengths: tuple[int, int]) ->
     return max(best[1] - best[0], 0.0) / (lengths[1] - lengths[0])
 
 
-def jax_step(name: str, problem: bench_layer.Problem) -> tuple[Callable[[Any], Any], Any]:
+def jax_step(name: str, problem: layer_problems.Problem) -> tuple[Callable[[Any], Any], Any]:
     """A step from `(x, dy)` to the next, and the first."""
-    given = bench_layer.arrays(problem, 0)
+    given = layer_problems.arrays(problem, 0)
     x, dy, residual = (jnp.asarray(given[k]) for k in ("x", "dy", "residual"))
     scale, bias, mean, var = (jnp.asarray(given[k]) for k in ("scale", "bias", "mean", "var"))
-    axis = bench_layer.LAYOUTS[problem.layout]
+    axis = layer_problems.LAYOUTS[problem.layout]
     extra = (residual,) if "add" in problem.case else ()
     library = libraries.LIBRARIES[name]
     training = library.training(problem.case, axis)
@@ -80,11 +80,11 @@ def jax_step(name: str, problem: bench_layer.Problem) -> tuple[Callable[[Any], A
     return {"inference": inference, "forward": forward}.get(problem.passes, both), (x, dy)
 
 
-def torch_seconds(name: str, problem: bench_layer.Problem, repetitions: int) -> float:
+def torch_seconds(name: str, problem: layer_problems.Problem, repetitions: int) -> float:
     """Seconds of one step in a replayed CUDA graph, between events."""
     import torch
 
-    run, inputs = peer_torch.layer(name, problem, [bench_layer.arrays(problem, 0)], "cuda")
+    run, inputs = peer_torch.layer(name, problem, [layer_problems.arrays(problem, 0)], "cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -106,10 +106,10 @@ def torch_seconds(name: str, problem: bench_layer.Problem, repetitions: int) -> 
 
 
 def measure(
-    problem: bench_layer.Problem, names: list[str], lengths: tuple[int, int]
+    problem: layer_problems.Problem, names: list[str], lengths: tuple[int, int]
 ) -> list[dict[str, Any]]:
     """The rows of one problem."""
-    start = jnp.asarray(bench_layer.arrays(problem, 0)["x"])
+    start = jnp.asarray(layer_problems.arrays(problem, 0)["x"])
     copied = chained(lambda x: -x, start, lengths)
     rows = []
     for name in names:
@@ -136,7 +136,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         cells = []
         for row in same:
             cells.append(f"{row['ms']:.3f} ({row['percent_of_copy_speed']})")
-            totals[row["library"]] += row["ms"] * bench_layer.RESNET50[side, channels]
+            totals[row["library"]] += row["ms"] * layer_problems.RESNET50[side, channels]
         table.add_row(f"{side}, {channels}", *cells)
     table.add_row("weighted by ResNet-50", *(f"{total:.2f}" for total in totals.values()))
     return table
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     on_gpu = options.device == "gpu"
     names = [*JAX_LIBRARIES, *(peer_torch.installed()[1:] if on_gpu else [])]
-    shapes = list(bench_layer.RESNET50)[:: 5 if options.quick else 1]
+    shapes = list(layer_problems.RESNET50)[:: 5 if options.quick else 1]
     batch, lengths = (2, (2, 4)) if options.quick else (options.batch, (10, 40))
     about = measuring.machine() | ({"clocks before": clocks()} if on_gpu else {})
     rows: list[dict[str, Any]] = []
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
         for dtype, case, way in itertools.product(options.dtypes, options.cases, passes):
             new = []
             for shape in shapes:
-                problem = bench_layer.Problem(case, way, *shape, batch, dtype, "NHWC")
+                problem = layer_problems.Problem(case, way, *shape, batch, dtype, "NHWC")
                 new += measure(problem, names, lengths)
             Console(width=160).print(table(new))
             rows += new

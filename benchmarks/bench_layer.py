@@ -109,7 +109,7 @@ def measure(problem: Problem, chosen: Sequence[str], options: argparse.Namespace
     sets = 1 if options.warm else copies_of(problem, options.cache)
     given = [arrays(problem, 0)]
     given += [{k: v.copy() for k, v in given[0].items()} for _ in range(sets - 1)]
-    inputs = [jax_inputs(problem, arrays) for arrays in given]
+    inputs = [jax_inputs(problem, one) for one in given]
     runs: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}
     for name in chosen:

@@ -36,84 +36,81 @@ def fresh(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros_like(scale), jnp.ones_like(scale)
 
 
-def jaxbn_training(case: str, axis: int) -> Layer:
-    """Activation and residual are part of the call."""
+def library(package: str, made: Callable[[str, int], Layer]) -> Library:
+    """From `made(case, axis)`: `(x, scale, bias, mean, var, residual, train) -> (y, (mean, var))`.
 
-    def layer(x: jax.Array, scale: jax.Array, bias: jax.Array, *residual: jax.Array) -> Any:
-        mean, var = fresh(scale)
+    `residual` is a tuple of one array, or of none.
+    """
+
+    def training(case: str, axis: int) -> Layer:
+        whole = made(case, axis)
+
+        def layer(x: jax.Array, scale: jax.Array, bias: jax.Array, *residual: jax.Array) -> Any:
+            y, stats = whole(x, scale, bias, *fresh(scale), residual, True)
+            return y, jax.lax.stop_gradient(stats)
+
+        return layer
+
+    def inference(case: str, axis: int) -> Layer:
+        whole = made(case, axis)
+
+        def layer(
+            x: jax.Array,
+            scale: jax.Array,
+            bias: jax.Array,
+            mean: jax.Array,
+            var: jax.Array,
+            *residual: jax.Array,
+        ) -> jax.Array:
+            return whole(x, scale, bias, mean, var, residual, False)[0]
+
+        return layer
+
+    return Library(package, training, inference)
+
+
+def fused(case: str, axis: int) -> Layer:
+    """jaxbn: activation and residual are part of the call."""
+
+    def whole(x, scale, bias, mean, var, residual, train):  # type: ignore[no-untyped-def]
         stats = jaxbn.BatchStats(mean, var, jnp.zeros((), jnp.int32))
-        options = fused(case, axis, residual) | {"epsilon": EPSILON, "unbiased": False}
-        y, stats = jaxbn.batch_norm(x, stats, scale, bias, train=True, momentum=MOMENTUM, **options)
+        y, stats = jaxbn.batch_norm(
+            x,
+            stats,
+            scale,
+            bias,
+            train=train,
+            momentum=MOMENTUM,
+            unbiased=False,
+            axis=axis,
+            epsilon=EPSILON,
+            activation="relu" if "ReLU" in case else None,
+            residual=residual[0] if residual else None,
+        )
         return y, (stats.mean, stats.var)
 
-    return layer
+    return whole
 
 
-def jaxbn_inference(case: str, axis: int) -> Layer:
-    """The same with running statistics."""
+def peer(package: str, normalizer: Callable[[int], Callable[..., Any]]) -> Library:
+    """From a batch norm alone, `(x, scale, bias, mean, var, train) -> (y, (mean, var))`."""
 
-    def layer(
-        x: jax.Array,
-        scale: jax.Array,
-        bias: jax.Array,
-        mean: jax.Array,
-        var: jax.Array,
-        *residual: jax.Array,
-    ) -> jax.Array:
-        options = fused(case, axis, residual)
-        return jaxbn.normalize(x, mean, var, scale, bias, epsilon=EPSILON, **options)
+    def followed(case: str, axis: int) -> Layer:
+        normalized = normalizer(axis)
 
-    return layer
+        def whole(x, scale, bias, mean, var, residual, train):  # type: ignore[no-untyped-def]
+            y, stats = normalized(x, scale, bias, mean, var, train)
+            return finished(case, y, residual), stats
 
+        return whole
 
-def fused(case: str, axis: int, residual: tuple[jax.Array, ...]) -> dict[str, Any]:
-    """The arguments for what comes after batch norm in a case."""
-    return {
-        "axis": axis,
-        "activation": "relu" if "ReLU" in case else None,
-        "residual": residual[0] if residual else None,
-    }
-
-
-def followed(case: str, normalized: Callable[..., Any]) -> Layer:
-    """A peer's training layer, and after it what the case adds."""
-
-    def layer(x: jax.Array, scale: jax.Array, bias: jax.Array, *residual: jax.Array) -> Any:
-        y, stats = normalized(x, scale, bias, *fresh(scale), True)
-        return finished(case, y, residual), jax.lax.stop_gradient(stats)
-
-    return layer
-
-
-def followed_in_inference(case: str, normalized: Callable[..., Any]) -> Layer:
-    """The same with running statistics."""
-
-    def layer(
-        x: jax.Array,
-        scale: jax.Array,
-        bias: jax.Array,
-        mean: jax.Array,
-        var: jax.Array,
-        *residual: jax.Array,
-    ) -> jax.Array:
-        return finished(case, normalized(x, scale, bias, mean, var, False)[0], residual)
-
-    return layer
+    return library(package, followed)
 
 
 def finished(case: str, y: jax.Array, residual: tuple[jax.Array, ...]) -> jax.Array:
     """Residual and activation, as users of a layer without them write it."""
     y = y + residual[0] if residual else y
     return jax.nn.relu(y) if "ReLU" in case else y
-
-
-def peer(package: str, normalizer: Callable[[int], Callable[..., Any]]) -> Library:
-    """A library from its batch norm `(x, scale, bias, mean, var, train) -> (y, (mean, var))`."""
-    return Library(
-        package,
-        lambda case, axis: followed(case, normalizer(axis)),
-        lambda case, axis: followed_in_inference(case, normalizer(axis)),
-    )
 
 
 def linen(axis: int, momentum: float = MOMENTUM, fast: bool = True) -> Callable[..., Any]:
@@ -219,7 +216,7 @@ def with_keras(axis: int, momentum: float = MOMENTUM) -> Callable[..., Any]:
 
 
 LIBRARIES = {
-    "jaxbn": Library("jaxbn", jaxbn_training, jaxbn_inference),
+    "jaxbn": library("jaxbn", fused),
     "flax.linen": peer("flax", linen),
     "flax.nnx": peer("flax", with_nnx),
     "haiku": peer("haiku", with_haiku),

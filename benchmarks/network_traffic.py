@@ -15,13 +15,11 @@ import itertools
 from typing import Any
 
 import bench_network
-import h100
 import hlo
 import jax
 import libraries
 import measuring
-import tpu
-from jax.sharding import SingleDeviceSharding
+import traffic
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -86,14 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--csv", default=str(measuring.RESULTS / "network_traffic.csv"))
     options = parser.parse_args(arguments)
     console = Console(width=120)
-    devices = {"CPU": SingleDeviceSharding(jax.devices("cpu")[0])}
-    for name, module in (("H100", h100), ("TPU v5e", tpu)):
-        if module.available():
-            devices[name] = module.sharding()
-        else:
-            console.print(f"No table for {name}: the package {module.PACKAGE} is not installed.")
     rows = []
-    for name, device in devices.items():
+    for name, device in traffic.compilers().items():
         rows += rows_of(name, device, options.batch)
         console.print(table([row for row in rows if row["device"] == name]))
     measuring.write_csv(options.csv, rows, measuring.machine())

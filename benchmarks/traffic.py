@@ -90,6 +90,17 @@ def measure(
     )
 
 
+def compilers() -> dict[str, Any]:
+    """The devices that can be compiled for; a line is printed for each of the others."""
+    devices: dict[str, Any] = {"CPU": SingleDeviceSharding(jax.devices("cpu")[0])}
+    for name, module in (("H100", h100), ("TPU v5e", tpu)):
+        if module.available():
+            devices[name] = module.sharding()
+        else:
+            print(f"No table for {name}: the package {module.PACKAGE} is not installed.")
+    return devices
+
+
 def layer_rows(name: str, device: Any) -> list[dict[str, Any]]:
     """Every case, dtype and layout on one device, library beside library."""
     rows = []
@@ -151,13 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plot", default=str(measuring.RESULTS / "traffic.png"))
     options = parser.parse_args(arguments)
     console = Console(width=120)
-    devices = {"CPU": SingleDeviceSharding(jax.devices("cpu")[0])}
-    for name, module in (("H100", h100), ("TPU v5e", tpu)):
-        if module.available():
-            devices[name] = module.sharding()
-        else:
-            console.print(f"No table for {name}: the package {module.PACKAGE} is not installed.")
-    rows = [row for name, device in devices.items() for row in layer_rows(name, device)]
+    rows = [row for name, device in compilers().items() for row in layer_rows(name, device)]
     for _, same in itertools.groupby(rows, lambda row: row["device"]):
         console.print(table(list(same)))
     measuring.write_csv(options.csv, rows, measuring.machine())

@@ -3,9 +3,9 @@
 import csv
 
 import bench_gpu
-import bench_layer
 import bench_network
 import jax
+import layer_problems
 import libraries
 import memory
 import networks
@@ -102,4 +102,4 @@ def test_the_gpu_benchmark_runs_without_one(tmp_path):
     bench_gpu.main(["--device", "cpu", "--quick", "--dtypes", "float32", "--csv", str(path)])
     _, rows = rows_of(path)
     assert {row["library"] for row in rows} == set(bench_gpu.JAX_LIBRARIES)
-    assert {row["passes"] for row in rows} == set(bench_layer.PASSES)
+    assert {row["passes"] for row in rows} == set(layer_problems.PASSES)
