@@ -4,142 +4,151 @@
     python benchmarks/bench_gpu.py --batch 256                    # this one alone
     python benchmarks/bench_gpu.py --device cpu --quick           # a trial of the program
 
-A JAX library runs in a chain, each layer on the output of the one before, in one compiled loop; the
-time of a layer is the difference of two lengths of the chain, so that what it takes to start them
-does not count. torch runs in a CUDA graph between CUDA events: its own kernels for bfloat16,
-channels last; cuDNN's for float16 with float32 parameters; and what torch.compile makes. A row
-names the share of the copy speed of a tensor of the same bytes, measured in the same way.
+A JAX library compiles five steps into one module, torch puts five into one CUDA graph: its own
+kernels for bfloat16, cuDNN's for float16 with float32 parameters, and what torch.compile makes.
+A time is the difference of four such runs and of one, so that what it takes to start them does not
+count. All steps are on the same data: what fits into the GPU's cache may be there already.
+*Percent of copy speed* is the time in which the bytes of the two-pass algorithm are copied, in the
+same way, over the time taken. Every row is checked against float64 NumPy, in two channels:
+`error` is the difference of output and input gradient over their largest magnitude.
 """
 
 import argparse
+import functools
 import itertools
-import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import bench_layer
 import jax
 import jax.numpy as jnp
-import layer_problems
+import layer_tables
 import libraries
 import measuring
+import numpy as np
 import peer_torch
-from rich.box import MARKDOWN
+from layer_problems import DTYPES, LAYOUTS, PASSES, RESNET50, Problem, arrays, error
+from layer_tables import Row
 from rich.console import Console
-from rich.table import Table
 
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
-JAX_LIBRARIES = ("jaxbn", "flax.linen")
+STEPS = 5  # in a run
+CHANNELS = 2  # are checked
 
 
-def chained(step: Callable[[Any], Any], start: Any, lengths: tuple[int, int]) -> float:
-    """Seconds of one step, from the best times of two chains of steps in compiled loops."""
+def repeated(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step(x, scale, …)` five times, one after the other, so that a compiler leaves none out."""
 
-    def chain(length: int) -> Callable[[Any], Any]:
-        return jax.jit(lambda carry: jax.lax.fori_loop(0, length, lambda _, c: step(c), carry))
+    def steps(x: jax.Array, scale: jax.Array, *others: Any) -> Any:
+        results = step(x, scale, *others)
+        for _ in range(STEPS - 1):
+            (x, others), results = jax.lax.optimization_barrier(((x, others), results))
+            firsts = (v.ravel()[0] for v in jax.tree.leaves(results))
+            nothing = sum(0 * first.astype(scale.dtype) for first in firsts)
+            results = step(x, scale + nothing, *others)
+        return results
 
-    best = []
-    for length in lengths:
-        run = chain(length)
-        jax.block_until_ready(run(start))
-        taken = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            jax.block_until_ready(run(start))
-            taken.append(time.perf_counter() - begin)
-        best.append(min(taken))
-    return max(best[1] - best[0], 0.0) / (lengths[1] - lengths[0])
+    return steps
 
 
-def jax_step(name: str, problem: layer_problems.Problem) -> tuple[Callable[[Any], Any], Any]:
-    """A step from `(x, dy)` to the next, and the first."""
-    given = layer_problems.arrays(problem, 0)
-    x, dy, residual = (jnp.asarray(given[k]) for k in ("x", "dy", "residual"))
-    scale, bias, mean, var = (jnp.asarray(given[k]) for k in ("scale", "bias", "mean", "var"))
-    axis = layer_problems.LAYOUTS[problem.layout]
-    extra = (residual,) if "add" in problem.case else ()
-    library = libraries.LIBRARIES[name]
-    training = library.training(problem.case, axis)
-
-    def inference(carry: Any) -> Any:
-        layer = library.inference(problem.case, axis)
-        return layer(carry[0], scale, bias, mean, var, *extra), carry[1]
-
-    def forward(carry: Any) -> Any:
-        y, _ = training(carry[0], scale, bias, *extra)
-        return y, carry[1]
-
-    def both(carry: Any) -> Any:
-        y, pullback, _ = jax.vjp(training, carry[0], scale, bias, *extra, has_aux=True)
-        dx, *others = pullback(carry[1])
-        # Everything that a step computes is used, or a compiler leaves it out.
-        used = sum(jnp.sum(v[:1] if v.ndim == 1 else v[:1, :1, :1, :1]) for v in others)
-        return y, dx + (0 * used).astype(dx.dtype)
-
-    return {"inference": inference, "forward": forward}.get(problem.passes, both), (x, dy)
+def copied(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Reads and writes `x`."""
+    return x - scale.astype(x.dtype)
 
 
-def torch_seconds(name: str, problem: layer_problems.Problem, repetitions: int) -> float:
-    """Seconds of one step in a replayed CUDA graph, between events."""
+def compiled(name: str, problem: Problem) -> Callable[..., Any]:
+    """The steps of a library, or copies."""
+    inputs = jax.eval_shape(lambda: bench_layer.jax_inputs(problem, arrays(problem, 0)))
+    if name == "copy":
+        x, scale = inputs[0], jax.eval_shape(lambda: jnp.zeros(problem.shape[-1]))
+        return jax.jit(repeated(copied)).lower(x, scale).compile()
+    step = bench_layer.in_jax(libraries.LIBRARIES[name], problem)
+    return jax.jit(repeated(step)).lower(*inputs).compile()
+
+
+def seconds(run: Callable[[], Any], wait: Callable[[Any], Any], repetitions: int) -> list[float]:
+    """Seconds of a step: of four runs in a row less one run, over their steps."""
+
+    def taken(runs: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(runs):
+            result = run()
+        wait(result)
+        return time.perf_counter() - begin
+
+    taken(4)
+    return [(taken(4) - taken(1)) / (3 * STEPS) for _ in range(repetitions)]
+
+
+def torch_run(
+    name: str, problem: Problem, given: dict[str, Any]
+) -> tuple[Callable[[], Any], Sequence[Any]]:
+    """A replay of `STEPS` steps in a CUDA graph, and the outputs."""
     import torch
 
-    run, inputs = peer_torch.layer(name, problem, [layer_problems.arrays(problem, 0)], "cuda")
+    run, inputs = peer_torch.layer(name, problem, [given])
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run(inputs[0])
-    torch.cuda.synchronize()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(inputs[0])
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    taken = []
-    for _ in range(5):
-        start.record()
-        for _ in range(repetitions):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        taken.append(start.elapsed_time(end) / 1e3 / repetitions)
-    return min(taken)
+        for _ in range(STEPS):
+            outputs, _ = run(inputs[0])
+    graph.replay()
+    return graph.replay, outputs
+
+
+def checked(problem: Problem, outputs: Sequence[Any], given: dict[str, Any]) -> float:
+    """The error of the first channels."""
+
+    def first(v: Any) -> Any:
+        axis = LAYOUTS[problem.layout] if v.ndim > 1 else 0
+        return jax.lax.slice_in_dim(v, 0, CHANNELS, axis=axis % v.ndim)
+
+    few = problem._replace(channels=CHANNELS)
+    return error(few, [first(v) for v in outputs], {k: first(v) for k, v in given.items()})
 
 
 def measure(
-    problem: layer_problems.Problem, names: list[str], lengths: tuple[int, int]
-) -> list[dict[str, Any]]:
+    problem: Problem, names: Sequence[str], runs: dict[Any, Any], repetitions: int
+) -> list[Row]:
     """The rows of one problem."""
-    start = jnp.asarray(layer_problems.arrays(problem, 0)["x"])
-    copied = chained(lambda x: -x, start, lengths)
+    given = arrays(problem, 0)
+    inputs = bench_layer.jax_inputs(problem, given)
+    copy = functools.partial(runs["copy", problem], given["x"], jnp.ones(problem.shape[-1]))
+    copy_ms = 1e3 * float(np.median(seconds(copy, jax.block_until_ready, repetitions)))
     rows = []
     for name in names:
-        if name.startswith("torch"):
-            seconds = torch_seconds(name, problem, lengths[1] - lengths[0])
+        if name in libraries.LIBRARIES:
+            run = functools.partial(runs[name, problem], *inputs)
+            taken = seconds(run, jax.block_until_ready, repetitions)
+            outputs = run()[0]
         else:
-            seconds = chained(*jax_step(name, problem), lengths)
-        bound = copied * problem.transfers / 2
-        share = round(100 * bound / seconds, 1) if seconds else None
-        times = {"ms": round(1e3 * seconds, 4), "copy_ms": round(1e3 * copied, 4)}
+            import torch
+
+            replay, images = torch_run(name, problem, given)
+            taken = seconds(replay, lambda _: torch.cuda.synchronize(), repetitions)
+            outputs = [image.in_jax() for image in images]
+        lower, median, upper = measuring.quartiles(1e3 * np.array(taken))
         rows.append(
-            problem._asdict() | {"library": name} | times | {"percent_of_copy_speed": share}
+            problem._asdict()
+            | {
+                "library": name,
+                "lower_ms": round(lower, 4),
+                "median_ms": round(median, 4),
+                "upper_ms": round(upper, 4),
+                "copy_ms": round(copy_ms, 4),
+                "percent_of_copy_speed": round(50 * problem.transfers * copy_ms / median, 1),
+                "error": f"{checked(problem, outputs, given):.1e}",
+            }
         )
     return rows
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    """A line for each shape, a column for each library, and ResNet-50's 53 layers together."""
-    names = list(dict.fromkeys(row["library"] for row in rows))
-    title = ", ".join(rows[0][k] for k in ("case", "passes", "dtype", "layout"))
-    table = Table("", *names, title=f"{title}: ms (percent of copy speed)", box=MARKDOWN)
-    totals = dict.fromkeys(names, 0.0)
-    for (side, channels), same in itertools.groupby(rows, lambda r: (r["side"], r["channels"])):
-        cells = []
-        for row in same:
-            cells.append(f"{row['ms']:.3f} ({row['percent_of_copy_speed']})")
-            totals[row["library"]] += row["ms"] * layer_problems.RESNET50[side, channels]
-        table.add_row(f"{side}, {channels}", *cells)
-    table.add_row("weighted by ResNet-50", *(f"{total:.2f}" for total in totals.values()))
-    return table
 
 
 def clocks() -> str:
@@ -148,35 +157,51 @@ def clocks() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Prints the tables and writes the rows, after every table those so far."""
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The options; `--quick` changes the defaults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    torches = [f"torch{suffix}" for suffix in ("", " channels_last", ".compile")]
+    everything = ["jaxbn", "flax.linen", *torches]
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--cases", nargs="+", choices=libraries.CASES, default=["BN+ReLU"])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=["NHWC"])
+    parser.add_argument("--libraries", nargs="+", choices=everything, default=everything[:4])
+    parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="three shapes, batch 2")
     parser.add_argument("--csv", default=str(measuring.RESULTS / "gpu_layer.csv"))
-    options = parser.parse_args(arguments)
+    if parser.parse_args(arguments).quick:
+        parser.set_defaults(batch=2, repetitions=3)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the tables; writes the rows, after every shape those so far."""
+    options = parsed(arguments)
     on_gpu = options.device == "gpu"
-    names = [*JAX_LIBRARIES, *(peer_torch.installed()[1:] if on_gpu else [])]
-    shapes = list(layer_problems.RESNET50)[:: 5 if options.quick else 1]
-    batch, lengths = (2, (2, 4)) if options.quick else (options.batch, (10, 40))
+    names = [n for n in options.libraries if on_gpu or n in libraries.LIBRARIES]
+    shapes = list(RESNET50)[:: 5 if options.quick else 1]
     about = measuring.machine() | ({"clocks before": clocks()} if on_gpu else {})
-    rows: list[dict[str, Any]] = []
-    passes = ("forward+backward", "forward", "inference")
-    with jax.default_device(jax.devices(options.device)[0]):
-        for dtype, case, way in itertools.product(options.dtypes, options.cases, passes):
-            new = []
-            for shape in shapes:
-                problem = layer_problems.Problem(case, way, *shape, batch, dtype, "NHWC")
-                new += measure(problem, names, lengths)
-            Console(width=160).print(table(new))
-            rows += new
-            after = {"clocks after": clocks()} if on_gpu else {}
-            measuring.write_csv(options.csv, rows, about | after)
-    shares = [row["percent_of_copy_speed"] for row in rows if row["library"] == "jaxbn"]
-    print("median percent of copy speed, jaxbn:", statistics.median(filter(None, shares)))
+    rows: list[Row] = []
+    groups = itertools.product(options.cases, options.dtypes, options.layouts, options.passes)
+    with jax.default_device(jax.devices(options.device)[0]), ThreadPoolExecutor() as threads:
+        for case, dtype, layout, passes in groups:
+            problems = [
+                Problem(case, passes, *shape, options.batch, dtype, layout) for shape in shapes
+            ]
+            in_jax = [name for name in ("copy", *names) if not name.startswith("torch")]
+            pairs = list(itertools.product(in_jax, problems))
+            runs = dict(zip(pairs, threads.map(lambda p: compiled(*p), pairs), strict=True))
+            group: list[Row] = []
+            for problem in problems:
+                group += measure(problem, names, runs, options.repetitions)
+                after = {"clocks after": clocks()} if on_gpu else {}
+                measuring.write_csv(options.csv, rows + group, about | after)
+            Console(width=200).print(layer_tables.table(group))
+            rows += group
+    Console(width=200).print(layer_tables.summary(rows))
 
 
 if __name__ == "__main__":

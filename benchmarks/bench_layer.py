@@ -31,7 +31,6 @@ import numpy as np
 import peer_torch
 from layer_problems import DTYPES, LAYOUTS, PASSES, RESNET50, Problem, arrays, error
 from layer_tables import Row
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
@@ -66,11 +65,10 @@ def in_jax(library: libraries.Library, problem: Problem) -> Callable[..., Any]:
     return jax.jit({"inference": inference, "forward": forward}.get(problem.passes, both))
 
 
-def jax_inputs(problem: Problem, given: dict[str, NDArray[Any]]) -> tuple[Any, ...]:
-    """The arguments of `in_jax`, on the device."""
-    placed = {k: jnp.asarray(v) for k, v in given.items()}
-    residual, dy = placed.pop("residual"), placed.pop("dy")
-    return (*placed.values(), [residual] if problem.added else [], dy)
+def jax_inputs(problem: Problem, given: dict[str, jax.Array]) -> tuple[Any, ...]:
+    """The arguments of `in_jax`."""
+    residuals = [given["residual"]] if problem.added else []
+    return (*(given[k] for k in ("x", "scale", "bias", "mean", "var")), residuals, given["dy"])
 
 
 def rotating(function: Callable[[Any], Any], inputs: list[Any]) -> Callable[[], Any]:
@@ -83,7 +81,7 @@ def copying(problem: Problem, sets: int) -> Callable[[], Any]:
     """A run that reads an input and writes as much into the same memory; none is allocated."""
     negative = jax.jit(jnp.negative, donate_argnums=0)
     x = arrays(problem, 0)["x"]
-    held = [jnp.asarray(x) + 0 for _ in range(sets)]
+    held = [jnp.copy(x) for _ in range(sets)]
     turn = itertools.cycle(range(sets))
 
     def run() -> None:
@@ -108,7 +106,7 @@ def measure(problem: Problem, chosen: Sequence[str], options: argparse.Namespace
     """The rows of one problem: the libraries in turns, after their outputs were checked."""
     sets = 1 if options.warm else copies_of(problem, options.cache)
     given = [arrays(problem, 0)]
-    given += [{k: v.copy() for k, v in given[0].items()} for _ in range(sets - 1)]
+    given += [jax.tree.map(jnp.copy, given[0]) for _ in range(sets - 1)]
     inputs = [jax_inputs(problem, one) for one in given]
     runs: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}

@@ -183,12 +183,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     chosen = options.libraries or list(libraries.installed())
     rows = []
-    for name, dtype in track(list(itertools.product(options.networks, options.dtypes))):
+    for dtype, name in track(list(itertools.product(options.dtypes, options.networks))):
         rows += measure(name, dtype, chosen, options)
+        measuring.write_csv(options.csv, rows, measuring.machine())
     console = Console(width=160)
     for table in tables(rows):
         console.print(table)
-    measuring.write_csv(options.csv, rows, measuring.machine())
     plot(rows, options.plot)
 
 

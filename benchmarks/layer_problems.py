@@ -1,8 +1,10 @@
 """What is asked of one batch norm layer: the shapes of ResNet-50, inputs, and the right answers."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import referee
@@ -71,13 +73,13 @@ class Problem(NamedTuple):
         return tensors * int(np.prod(self.shape)) * jnp.dtype(self.dtype).itemsize / 1e6
 
 
-def arrays(problem: Problem, seed: int) -> dict[str, NDArray[Any]]:
+def arrays(problem: Problem, seed: int) -> dict[str, jax.Array]:
     """Inputs with mean ≠ 0 and deviation ≠ 1, the large ones in the dtype of the problem."""
-    random = np.random.default_rng(seed)
-    dtype, vector = jnp.dtype(problem.dtype), problem.channels
+    keys = iter(jax.random.split(jax.random.key(seed), 7))
+    dtype, vector = jnp.dtype(problem.dtype), (problem.channels,)
 
-    def normal(mean: float, std: float, shape: Any, dtype: Any = np.float32) -> NDArray[Any]:
-        return (mean + std * random.standard_normal(shape, np.float32)).astype(dtype)
+    def normal(mean: float, std: float, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+        return _normal(next(keys), mean, std, shape, dtype)
 
     return {
         "x": normal(1.5, 2.0, problem.shape, dtype),
@@ -90,6 +92,11 @@ def arrays(problem: Problem, seed: int) -> dict[str, NDArray[Any]]:
     }
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(key: jax.Array, mean: float, std: float, shape: Any, dtype: Any) -> jax.Array:
+    return (mean + std * jax.random.normal(key, shape)).astype(dtype)
+
+
 def looked_at(problem: Problem, array: Any) -> NDArray[np.float64]:
     """Up to eight of the channels, the first and the last among them, in float64 and last."""
     array = np.asarray(array)
@@ -99,7 +106,7 @@ def looked_at(problem: Problem, array: Any) -> NDArray[np.float64]:
     return array[..., chosen].astype(np.float64)
 
 
-def error(problem: Problem, outputs: Sequence[Any], given: dict[str, NDArray[Any]]) -> float:
+def error(problem: Problem, outputs: Sequence[Any], given: dict[str, jax.Array]) -> float:
     """The larger error of `y` and, where there is a backward pass, `dx`: `outputs` are these."""
     y, *dx = (looked_at(problem, output) for output in outputs)
     a = {name: looked_at(problem, array) for name, array in given.items()}

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import libraries
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +25,11 @@ def installed() -> list[str]:
     return list(NAMES)
 
 
-def tensor(array: NDArray[Any], name: str, channels: int) -> Any:
+def tensor(array: jax.Array, name: str, channels: int) -> Any:
     """An array as torch has it; images, channels where `channels` says, in the memory of `name`."""
     import torch
 
-    # from_numpy does not know bfloat16; by way of float32 nothing is lost.
-    value = torch.from_numpy(array.astype(np.float32)).to(getattr(torch, array.dtype.name))
+    value = torch.from_dlpack(array).clone()
     if array.ndim < 4:
         return value
     value = value.permute(0, 3, 1, 2) if channels == -1 else value
@@ -38,14 +38,14 @@ def tensor(array: NDArray[Any], name: str, channels: int) -> Any:
 
 
 def layer(
-    name: str, problem: Any, given: list[dict[str, NDArray[Any]]], device: str = "cpu"
+    name: str, problem: Any, given: list[dict[str, jax.Array]]
 ) -> tuple[Callable[[Any], Any], list[Any]]:
     """The pass of a problem, `(y, dx)` or `(y,)` first, and its inputs."""
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
     axis = -1 if problem.layout == "NHWC" else 1
-    inputs = [{k: tensor(v, name, axis).to(device) for k, v in a.items()} for a in given]
+    inputs = [{k: tensor(v, name, axis) for k, v in a.items()} for a in given]
     training, backward = problem.passes != "inference", problem.passes == "forward+backward"
 
     def normalized(a: dict[str, Any], x: Any, scale: Any, bias: Any, residual: Any) -> Any:
@@ -60,7 +60,10 @@ def layer(
     def arrays(value: Any) -> Any:
         return Image(value.detach(), axis)
 
-    compiled = torch.compile(normalized) if name == "torch.compile" else normalized
+    compiled = normalized
+    if name == "torch.compile":
+        torch.compiler.reset()  # or it would make one program for all shapes, a slower one
+        compiled = torch.compile(normalized, dynamic=False)
 
     def run(a: dict[str, Any]) -> Any:
         leaves = [a[k] for k in ("x", "scale", "bias", "residual")]
@@ -83,7 +86,11 @@ class Image:
         """Moves nothing."""
         self.value, self.axis = value, axis
 
+    def in_jax(self) -> jax.Array:
+        """The array, where the tensor is."""
+        value = self.value.movedim(1, -1) if self.axis == -1 else self.value
+        return jax.dlpack.from_dlpack(value.contiguous())
+
     def __array__(self, dtype: Any = None, copy: Any = None) -> NDArray[Any]:
-        """The array, in float64, which holds every dtype."""
-        array = self.value.double().numpy()
-        return np.moveaxis(array, 1, -1) if self.axis == -1 else array
+        """The array, in the memory of the host."""
+        return np.asarray(self.in_jax())

@@ -145,7 +145,8 @@ def _local_moments(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DType
     else:
         count = _valid_count(mask, x, axis, dtype)
     on_a_cpu = functools.partial(_moments, axis=axis, parts=(16, 4), total=sum_in_pieces)
-    elsewhere = functools.partial(_moments, axis=axis, parts=(16,), total=sum_over)
+    parts = (_some_sixteenth(x, axis),)
+    elsewhere = functools.partial(_moments, axis=axis, parts=parts, total=sum_over)
     moments: Shifted = jax.lax.platform_dependent(x, mask, count, cpu=on_a_cpu, default=elsewhere)
     return moments
 
@@ -202,6 +203,16 @@ def _valid_count(mask: jax.Array, x: jax.Array, axis: int, dtype: DTypeLike) -> 
     repeats = math.prod(x.shape[i] for i in axes if mask.shape[i] == 1 != x.shape[i])
     count = mask.sum(axes, dtype=jnp.int32).astype(dtype) * repeats
     return jnp.broadcast_to(count, (x.shape[axis],))
+
+
+def _some_sixteenth(x: jax.Array, axis: int) -> int:
+    """16, or less where that makes a sum fast: for `_part`.
+
+    XLA:GPU adds up to 4096 values of a channel in one block of threads, one after the other, and
+    spreads more over the whole chip (`ReductionDimensionRaceFreeBound`).
+    """
+    values = 0 if is_small(x) else x.size // x.shape[axis]
+    return values // 4097 if 1024 < values // 16 <= 4096 else 16
 
 
 def _part(x: jax.Array, axis: int, part: int) -> jax.Array:
