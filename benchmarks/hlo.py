@@ -82,12 +82,16 @@ def cost(text: str) -> Cost:
 def _read(body: list[Instruction], position: int, size: int) -> int:
     """Bytes that a fusion reads of its operand at `position`."""
     parameters = [i for i in body if i.number == position]
-    if not parameters:
+    return _used(body, parameters[0].name, size) if parameters else size
+
+
+def _used(body: list[Instruction], name: str, size: int) -> int:
+    """Bytes that are read of what has this name: all, or those of its slices."""
+    users = [i for i in body if name in i.operands]
+    if not users or any(i.opcode not in (*SLICES, "bitcast") for i in users):
         return size
-    users = [i for i in body if parameters[0].name in i.operands]
-    if users and all(user.opcode in SLICES for user in users):
-        return min(size, sum(user.size for user in users))
-    return size
+    read = (_used(body, i.name, size) if i.opcode == "bitcast" else i.size for i in users)
+    return min(size, sum(read))
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], list[Instruction]]:

@@ -14,6 +14,7 @@ from jaxbn._devices import Devices, gathered, summed
 from jaxbn._sums import (
     Total,
     expand,
+    flattened,
     is_small,
     means,
     reduced_axes,
@@ -144,7 +145,8 @@ def _local_moments(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DType
         count = jnp.asarray(x.size // x.shape[axis], dtype)
     else:
         count = _valid_count(mask, x, axis, dtype)
-    on_a_cpu = functools.partial(_moments, axis=axis, parts=(16, 4), total=sum_in_pieces)
+    parts = (1,) if is_small(x) else (16, 4)
+    on_a_cpu = functools.partial(_moments, axis=axis, parts=parts, total=sum_in_pieces)
     parts = (_some_sixteenth(x, axis),)
     elsewhere = functools.partial(_moments, axis=axis, parts=parts, total=sum_over)
     moments: Shifted = jax.lax.platform_dependent(x, mask, count, cpu=on_a_cpu, default=elsewhere)
@@ -164,6 +166,8 @@ def _moments(
 
     Under a mask every part is all that it leaves.
     """
+    if mask is None:
+        x, axis = flattened(x, axis)
     estimate = jnp.zeros(x.shape[axis], count.dtype)
     for part in parts:
         some, some_count = x, count
@@ -206,13 +210,16 @@ def _valid_count(mask: jax.Array, x: jax.Array, axis: int, dtype: DTypeLike) -> 
 
 
 def _some_sixteenth(x: jax.Array, axis: int) -> int:
-    """16, or less where that makes a sum fast: for `_part`.
+    """16, or less where that makes a sum fast: for `_part`, where it takes positions.
 
     XLA:GPU adds up to 4096 values of a channel in one block of threads, one after the other, and
     spreads more over the whole chip (`ReductionDimensionRaceFreeBound`).
     """
-    values = 0 if is_small(x) else x.size // x.shape[axis]
-    return values // 4097 if 1024 < values // 16 <= 4096 else 16
+    if is_small(x):
+        return 16
+    values = x.size // x.shape[axis]
+    positions = values // x.shape[reduced_axes(x.ndim, axis)[0]]
+    return values // 4097 if positions >= 16 and 1024 < values // 16 <= 4096 else 16
 
 
 def _part(x: jax.Array, axis: int, part: int) -> jax.Array:
@@ -220,25 +227,15 @@ def _part(x: jax.Array, axis: int, part: int) -> jax.Array:
 
     The mean K of a fraction f obeys (E[x] − K)² ≤ Var[x]·(1 − f)/f on any data. E[(x − K)²] is then
     at most 1/f times the variance, which loses two bits to it at f = 1/4, four at 1/16. A batch
-    that is spread over devices stays in place: positions at equal distances are taken of every
-    sample, neighbours along the last axis of the array, or, where samples have too few positions
-    for that, samples at equal distances.
+    that is spread over devices stays in place: the positions in the middle are taken of every
+    sample, or, where samples have too few positions for that, samples at equal distances.
     """
     if is_small(x):
         return x
     samples, *positions = reduced_axes(x.ndim, axis)
-    starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
-    left = math.prod(x.shape[i] for i in positions)
-    wanted = -(-left // part)
-    if left < part:
-        strides[samples] = part
-        positions = []
-    for i in positions:
-        left //= x.shape[i]
-        number = -(-wanted // left)
-        wanted = -(-wanted // number)
-        strides[i] = 1 if i == x.ndim - 1 else x.shape[i] // number
-        extent = (number - 1) * strides[i] + 1
-        starts[i] = (x.shape[i] - extent) // 2
-        limits[i] = starts[i] + extent
-    return jax.lax.slice(x, starts, limits, strides)
+    if not positions or x.shape[positions[0]] < part:
+        return jax.lax.slice_in_dim(x, 0, None, part, axis=samples)
+    size = x.shape[positions[0]]
+    number = -(-size // part)
+    start = (size - number) // 2
+    return jax.lax.slice_in_dim(x, start, start + number, axis=positions[0])

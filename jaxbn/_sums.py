@@ -27,6 +27,8 @@ from jaxbn._devices import ALONE, Devices, spread, summed
 
 # Elements. XLA:CPU adds in blocks from some 2¹³ on, products later; this size costs little yet.
 SMALL = 2**16
+# Elements, up to which a sum in one go is as fast.
+TINY = 2**12
 
 # `sum_over`, or another way to the same sums.
 Total = Callable[[jax.Array, int], jax.Array]
@@ -47,8 +49,12 @@ def reduced_axes(ndim: int, axis: int) -> tuple[int, ...]:
 
 def sum_over(x: jax.Array, axis: int) -> jax.Array:
     """Sum of `x` over every axis but `axis`: shape `[C]`."""
+    return _sum(x, axis, _in_two_parts(x.shape, x.dtype))
+
+
+def _sum(x: jax.Array, axis: int, in_two_parts: bool) -> jax.Array:
     axes = reduced_axes(x.ndim, axis)
-    if not _in_two_parts(x.shape, x.dtype):
+    if not in_two_parts:
         return x.sum(axes)
     high = _high(x)
     return high.sum(axes) + (x - high).sum(axes)
@@ -59,13 +65,13 @@ def sum_in_pieces(x: jax.Array, axis: int) -> jax.Array:
     pieces = _pieces(jax.typeof(x), axis)
     if pieces == 1:
         return sum_over(x, axis)
-    shape, split = _flat(x.shape, axis)
-    flat, size = x.reshape(shape), shape[split] // pieces
-    parts = (
-        jax.lax.slice_in_dim(flat, i * size, (i + 1) * size, axis=split) for i in range(pieces)
-    )
+    in_two_parts = _in_two_parts(x.shape, x.dtype)
+    x, axis = flattened(x, axis)
+    split = 3 - axis
+    size = x.shape[split] // pieces
+    parts = (jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=split) for i in range(pieces))
     # Rounded, or the compiler takes the additions for a part of its reduction.
-    return rounded(functools.reduce(jnp.add, parts)).sum((0, split))
+    return _sum(rounded(functools.reduce(jnp.add, parts)), axis, in_two_parts)
 
 
 def means(
@@ -105,27 +111,38 @@ def _expand_jvp(
 
 def expand_tangent(vector: jax.Array, like: Any, axis: int) -> jax.Array:
     """`expand` of a vector that is itself a tangent: linear, with a sum as its transpose."""
-    if _in_two_parts(like.shape, vector.dtype):
-        # Two broadcasts, for two sums when transposed: of _high(cotangent), and of the rest.
-        once, again = (jax.lax.broadcast_in_dim(vector, like.shape, (axis,)) for _ in range(2))
-        return _high(once) + (again - _high(again))
+    in_two_parts = _in_two_parts(like.shape, vector.dtype)
     pieces = _pieces(like, axis)
-    if pieces == 1:
-        return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))
+
+    def whole(vector: jax.Array) -> jax.Array:
+        # The transpose is `sum_over`.
+        return _expanded(vector, like.shape, axis, in_two_parts)
 
     def in_pieces(vector: jax.Array) -> jax.Array:
         # The transpose is `sum_in_pieces`.
-        shape, split = _flat(like.shape, axis)
+        shape, flat_axis = _flat(like.shape, axis)
+        split = 3 - flat_axis
         shape[split] //= pieces
-        piece = rounded(jax.lax.broadcast_in_dim(vector, shape, (3 - split,)))
+        piece = rounded(_expanded(vector, shape, flat_axis, in_two_parts))
         return jnp.concatenate([piece] * pieces, split).reshape(like.shape)
 
-    def whole(vector: jax.Array) -> jax.Array:
-        return jax.lax.broadcast_in_dim(vector, like.shape, (axis,))
+    if pieces > 1:
+        vector = spread(vector, like)
+        expanded: jax.Array = jax.lax.platform_dependent(vector, cpu=in_pieces, default=whole)
+        return expanded
+    if in_two_parts:
+        return whole(vector)
+    return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))
 
-    vector = spread(vector, like)
-    expanded: jax.Array = jax.lax.platform_dependent(vector, cpu=in_pieces, default=whole)
-    return expanded
+
+def _expanded(
+    vector: jax.Array, shape: Sequence[int], axis: int, in_two_parts: bool
+) -> jax.Array:
+    if not in_two_parts:
+        return jax.lax.broadcast_in_dim(vector, shape, (axis,))
+    # Two broadcasts, for two sums when transposed: of _high(cotangent), and of the rest.
+    once, again = (jax.lax.broadcast_in_dim(vector, shape, (axis,)) for _ in range(2))
+    return _high(once) + (again - _high(again))
 
 
 def written_out(x: jax.Array, *vectors: jax.Array) -> tuple[jax.Array, ...]:
@@ -134,7 +151,7 @@ def written_out(x: jax.Array, *vectors: jax.Array) -> tuple[jax.Array, ...]:
     XLA would compute them inside of the loops over a large `x` that use them, for every element
     anew. It does not so with a reduction: of each vector and zeros, and in the transpose as well.
     """
-    if is_small(x) or any(_is_placed(jax.typeof(v)) for v in (x, *vectors)):
+    if _is_tiny(x) or any(_is_placed(jax.typeof(v)) for v in (x, *vectors)):
         return vectors
 
     def by_reduction(stack: jax.Array) -> jax.Array:
@@ -158,12 +175,25 @@ def rounded(x: jax.Array) -> jax.Array:
     return jax.lax.reduce_precision(x, info.nexp, info.nmant - 1)
 
 
+def flattened(x: jax.Array, axis: int) -> tuple[jax.Array, int]:
+    """`x` with the positions of each sample along one axis, where that moves nothing; its `axis`."""
+    if not _adjacent(x.ndim, axis) or _is_placed(jax.typeof(x)):
+        return x, axis
+    shape, axis = _flat(x.shape, axis)
+    return x.reshape(shape), axis
+
+
+def _adjacent(ndim: int, axis: int) -> bool:
+    """Whether the axes of the positions are neighbours."""
+    return axis in (1, ndim - 1)
+
+
 def _flat(shape: tuple[int, ...], axis: int) -> tuple[list[int], int]:
-    """The shape of a batch with the positions of each sample along one axis, and that axis."""
+    """The shape of a batch with the positions of each sample along one axis; its `axis`."""
     positions = math.prod(shape[i] for i in reduced_axes(len(shape), axis)[1:])
     if axis == 1:
-        return [shape[0], shape[1], positions], 2
-    return [shape[0], positions, shape[axis]], 1
+        return [shape[0], shape[1], positions], 1
+    return [shape[0], positions, shape[axis]], 2
 
 
 def _pieces(x: Any, axis: int) -> int:
@@ -172,12 +202,14 @@ def _pieces(x: Any, axis: int) -> int:
     Samples stay together, since they may be spread over devices. Nothing is split where the type of
     `x` says that it is spread.
     """
-    positions = reduced_axes(x.ndim, axis)[1:]
-    adjacent = axis in (1, x.ndim - 1)
-    size = math.prod(x.shape[i] for i in positions)
-    if not adjacent or is_small(x) or _is_placed(x):
+    if _is_tiny(x) or not _adjacent(x.ndim, axis) or _is_placed(x):
         return 1
+    size = math.prod(x.shape[i] for i in reduced_axes(x.ndim, axis)[1:])
     return next((n for n in range(8, 1, -1) if size % n == 0 and size > n), 1)
+
+
+def _is_tiny(x: Any) -> bool:
+    return not isinstance(x.size, int) or x.size < TINY
 
 
 def _is_placed(x: Any) -> bool:
