@@ -51,9 +51,10 @@ def collectives(text: str) -> list[Collective]:
             opcode = i.opcode.removesuffix("-start")
             if opcode in COLLECTIVES:
                 sent = sum(sizes[name] for name in i.operands)
-                # What is started has its operands in its output, if it is no all-reduce.
-                twice = sent if opcode != i.opcode and opcode != "all-reduce" else 0
-                found.append(Collective(opcode, sent, i.size - twice))
+                # What is started has its operands in its output, an all-reduce not always.
+                twice = sent if opcode != i.opcode else 0
+                received = sent if opcode == "all-reduce" else i.size - twice
+                found.append(Collective(opcode, sent, received))
     return found
 
 

@@ -176,10 +176,15 @@ def _tangent(
     p = directions.bias - k * mean_dx - delta * q
     k = expand(k, jax.typeof(x), form.axis)
     p, q = (expand_tangent(v, jax.typeof(x), form.axis) for v in (p, q))
-    dz = k * dx + p + deviation * q
-    if directions.residual is not None:
-        dz = dz + directions.residual.astype(dz.dtype)
-    dy = where_valid(mask, _through_activation(dz, directions, operands, batch, y, form))
+    terms = (p + deviation * q, k * dx)
+    if form.activation in PIECEWISE_LINEAR and directions.residual is None:
+        dy = _term_by_term(form.activation, terms, operands, batch, form)
+    else:
+        dz = terms[0] + terms[1]
+        if directions.residual is not None:
+            dz = dz + directions.residual.astype(dz.dtype)
+        dy = _through_activation(dz, directions, operands, batch, y, form)
+    dy = where_valid(mask, dy)
     dvar, drstd = 2 * mean_dx_normalized / rstd, -(rstd * mean_dx_normalized) * rstd
     return dy, Batch(jnp.zeros_like(shift), mean_dx, dvar, drstd, jnp.zeros_like(count))
 
@@ -187,6 +192,28 @@ def _tangent(
 def _power_of_two(x: jax.Array) -> jax.Array:
     """The power of two next to `x`, a constant to differentiation: no result depends on it."""
     return jax.lax.stop_gradient(jax.lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, 0))
+
+
+def _term_by_term(
+    activation: Activation,
+    terms: tuple[jax.Array, jax.Array],
+    operands: Operands,
+    batch: Batch,
+    form: Form,
+) -> jax.Array:
+    """The tangent of the output where the slope of the activation is a matter of sign.
+
+    Each term has a slope of its own, that no compiler can know to be the other's. Of one slope the
+    transpose is a masked cotangent that XLA:GPU likes to write out: three transfers more.
+    """
+
+    def sloped(term: jax.Array, batch: Batch) -> jax.Array:
+        z = _normalized(operands, batch, form).astype(form.dtype).astype(term.dtype)
+        tangent: jax.Array = jax.jvp(activation, (z,), (term,))[1]
+        return tangent
+
+    apart = batch._replace(rstd=jax.lax.optimization_barrier(batch.rstd))
+    return (sloped(terms[0], batch) + sloped(terms[1], apart)).astype(form.dtype)
 
 
 def _through_activation(
@@ -199,12 +226,11 @@ def _through_activation(
 ) -> jax.Array:
     if form.activation is None:
         return dz.astype(form.dtype)
-    piecewise_linear = form.activation in PIECEWISE_LINEAR
-    from_output = piecewise_linear and operands.residual is not None
-    z = y if from_output else _normalized(operands, batch, form)
-    if piecewise_linear:
+    if form.activation in PIECEWISE_LINEAR:
         # Selecting in the dtype of the output: in float32 the compiler writes the result out.
-        z, dz = z.astype(form.dtype), dz.astype(form.dtype)
+        z, dz = y, dz.astype(form.dtype)
+    else:
+        z = _normalized(operands, batch, form)
     primals, tangents = (z, *operands.constants), (dz, *directions.constants)
     dy: jax.Array = jax.jvp(form.activation, primals, tangents)[1]
     return dy.astype(form.dtype)

@@ -135,9 +135,7 @@ def expand_tangent(vector: jax.Array, like: Any, axis: int) -> jax.Array:
     return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))
 
 
-def _expanded(
-    vector: jax.Array, shape: Sequence[int], axis: int, in_two_parts: bool
-) -> jax.Array:
+def _expanded(vector: jax.Array, shape: Sequence[int], axis: int, in_two_parts: bool) -> jax.Array:
     if not in_two_parts:
         return jax.lax.broadcast_in_dim(vector, shape, (axis,))
     # Two broadcasts, for two sums when transposed: of _high(cotangent), and of the rest.
@@ -176,7 +174,7 @@ def rounded(x: jax.Array) -> jax.Array:
 
 
 def flattened(x: jax.Array, axis: int) -> tuple[jax.Array, int]:
-    """`x` with the positions of each sample along one axis, where that moves nothing; its `axis`."""
+    """`x` with the positions of each sample along one axis, if that moves nothing; its `axis`."""
     if not _adjacent(x.ndim, axis) or _is_placed(jax.typeof(x)):
         return x, axis
     shape, axis = _flat(x.shape, axis)

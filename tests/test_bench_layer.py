@@ -27,8 +27,8 @@ PROBLEMS = [
         strict=False,
     )
 ]
-# Two roundings to the dtype of the output; haiku computes in bfloat16 what others do in float32, and
-# NNX rounds the vectors to it.
+# Two roundings to the dtype of the output; haiku computes in bfloat16 what others do in float32,
+# and NNX rounds the vectors to it.
 LIMITS = {"float32": 2e-6, "bfloat16": 2.0**-7}
 IN_HALF = LIMITS | {"bfloat16": 2.0**-5}
 

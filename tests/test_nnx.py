@@ -338,7 +338,10 @@ def test_inference_writes_nothing():
     for layer in (nnx.BatchNorm(4, rngs=rngs()), nnx.BatchNorm1d(4, rngs=rngs())):
         layer.eval()
         layer.set_view()  # chooses nothing
-        np.testing.assert_array_equal(jax.jit(lambda x, layer=layer: layer(x))(x), layer(x))
+        before = arrays(layer)
+        y = jax.jit(lambda x, layer=layer: layer(x))(x)
+        assert_close(y, layer(x), 1e-6)  # compiled with constants, a last bit may differ
+        assert_equal(arrays(layer), before)
 
 
 def test_channels_that_are_not_finite_are_left_out_on_demand():
