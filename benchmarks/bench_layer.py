@@ -195,11 +195,11 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     for problem in track(problems, "measuring"):
         rows += measure(problem, options.libraries, options)
+        measuring.write_csv(options.csv, rows, measuring.machine())
     console = Console(width=260)
     for group in layer_tables.groups(rows):
         console.print(layer_tables.table(group))
     console.print(layer_tables.summary(rows))
-    measuring.write_csv(options.csv, rows, measuring.machine())
     layer_tables.plot(rows, options.plot)
 
 

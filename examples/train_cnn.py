@@ -3,6 +3,7 @@
 python examples/train_cnn.py                      # handwritten digits, on all devices there are
 python examples/train_cnn.py --plot curves.png    # with loss, accuracy and statistics drawn
 python examples/train_cnn.py --no-batch-norm      # the contrast
+python examples/train_cnn.py --dataset fashion-mnist --epochs 5
 
 In several processes, on one host or more, the same with an address of process 0 and each one's id:
 
@@ -200,7 +201,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; 0 when it went well."""
     flags = parse(__doc__.partition("\n")[0], arguments)
     try:
-        dataset = data.load(flags.data)
+        if flags.dataset in data.PACKAGES:
+            dataset = data.load_idx(flags.dataset, flags.data_dir)
+        else:
+            dataset = data.load(flags.data or data.DIGITS)
     except data.DataError as error:
         return fail(error)
     images = len(dataset.x_train)
