@@ -215,7 +215,7 @@ def _some_sixteenth(x: jax.Array, axis: int) -> int:
     XLA:GPU adds up to 4096 values of a channel in one block of threads, one after the other, and
     spreads more over the whole chip (`ReductionDimensionRaceFreeBound`).
     """
-    if is_small(x):
+    if is_small(x) or x.ndim == 1:
         return 16
     values = x.size // x.shape[axis]
     positions = values // x.shape[reduced_axes(x.ndim, axis)[0]]
@@ -230,7 +230,7 @@ def _part(x: jax.Array, axis: int, part: int) -> jax.Array:
     that is spread over devices stays in place: the positions in the middle are taken of every
     sample, or, where samples have too few positions for that, samples at equal distances.
     """
-    if is_small(x):
+    if is_small(x) or x.ndim == 1:
         return x
     samples, *positions = reduced_axes(x.ndim, axis)
     if not positions or x.shape[positions[0]] < part:

@@ -183,7 +183,7 @@ def flattened(x: jax.Array, axis: int) -> tuple[jax.Array, int]:
 
 def _adjacent(ndim: int, axis: int) -> bool:
     """Whether the axes of the positions are neighbours."""
-    return axis in (1, ndim - 1)
+    return ndim > 1 and axis in (1, ndim - 1)
 
 
 def _flat(shape: tuple[int, ...], axis: int) -> tuple[list[int], int]:

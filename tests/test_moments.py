@@ -108,3 +108,13 @@ def test_streaming_over_a_scan():
 
     total, _ = jax.jit(lambda b: jax.lax.scan(step, start, b))(batches)
     assert_moments(total, *channel_moments(batches, 2), merged=True)
+
+
+@pytest.mark.parametrize("channels", [4, 2**17])
+def test_one_sample_of_channels_alone(channels):
+    """What is reduced may be nothing: every value is the mean of its channel."""
+    x = jnp.arange(channels) / 7
+    moments = jaxbn.batch_moments(x, axis=0)
+    np.testing.assert_array_equal(moments.mean, x)
+    np.testing.assert_array_equal(moments.var, np.zeros(channels))
+    assert moments.count == 1
