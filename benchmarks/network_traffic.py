@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, device in traffic.compilers().items():
         rows += rows_of(name, device, options.batch)
         console.print(table([row for row in rows if row["device"] == name]))
-    measuring.write_csv(options.csv, rows, measuring.machine())
+        measuring.write_csv(options.csv, rows, measuring.machine())
 
 
 if __name__ == "__main__":
