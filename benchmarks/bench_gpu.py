@@ -135,19 +135,8 @@ def measure(
             replay, images = torch_run(name, problem, given)
             taken = seconds(replay, lambda _: torch.cuda.synchronize(), repetitions)
             outputs = [image.in_jax() for image in images]
-        lower, median, upper = measuring.quartiles(1e3 * np.array(taken))
-        rows.append(
-            problem._asdict()
-            | {
-                "library": name,
-                "lower_ms": round(lower, 4),
-                "median_ms": round(median, 4),
-                "upper_ms": round(upper, 4),
-                "copy_ms": round(copy_ms, 4),
-                "percent_of_copy_speed": round(50 * problem.transfers * copy_ms / median, 1),
-                "error": f"{checked(problem, outputs, given):.1e}",
-            }
-        )
+        wrong = checked(problem, outputs, given)
+        rows.append(bench_layer.row(problem, name, taken, copy_ms, wrong))
     return rows
 
 

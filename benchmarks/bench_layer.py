@@ -121,23 +121,27 @@ def measure(problem: Problem, chosen: Sequence[str], options: argparse.Namespace
     runs["copy"] = copying(problem, sets)
     seconds = measuring.take_turns(runs, options.repetitions)
     copied = float(np.median(1e3 * seconds.pop("copy")))
-    rows = []
-    for name, taken in seconds.items():
-        lower, median, upper = measuring.quartiles(1e3 * taken)
-        rows.append(
-            problem._asdict()
-            | {
-                "library": name,
-                "lower_ms": round(lower, 4),
-                "median_ms": round(median, 4),
-                "upper_ms": round(upper, 4),
-                "copy_ms": round(copied, 4),
-                "percent_of_copy_speed": round(50 * problem.transfers * copied / median, 1),
-                "error": f"{errors[name]:.1e}",
-                "warm": sets * problem.megabytes <= options.cache,
-            }
-        )
-    return rows
+    warm = sets * problem.megabytes <= options.cache
+    return [
+        row(problem, name, taken, copied, errors[name]) | {"warm": warm}
+        for name, taken in seconds.items()
+    ]
+
+
+def row(
+    problem: Problem, library: str, seconds: Sequence[float], copy_ms: float, error: float
+) -> Row:
+    """What is written of the times of one library."""
+    lower, median, upper = measuring.quartiles(1e3 * np.array(seconds))
+    return problem._asdict() | {
+        "library": library,
+        "lower_ms": round(lower, 4),
+        "median_ms": round(median, 4),
+        "upper_ms": round(upper, 4),
+        "copy_ms": round(copy_ms, 4),
+        "percent_of_copy_speed": round(50 * problem.transfers * copy_ms / median, 1),
+        "error": f"{error:.1e}",
+    }
 
 
 def _ready(compiled: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
