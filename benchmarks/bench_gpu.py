@@ -149,8 +149,7 @@ def clocks() -> str:
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """The options; `--quick` changes the defaults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    torches = [f"torch{suffix}" for suffix in ("", " channels_last", ".compile")]
-    everything = ["jaxbn", "flax.linen", *torches]
+    everything = ["jaxbn", "flax.linen", *peer_torch.NAMES]
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--cases", nargs="+", choices=libraries.CASES, default=["BN+ReLU"])

@@ -14,8 +14,8 @@ import train_cnn
 NAMES = dict(zip(data.KEYS, data.IDX_FILES, strict=True))
 
 
-def encoded(array, kind=8):
-    header = struct.pack(f">HBB{array.ndim}I", 0, kind, array.ndim, *array.shape)
+def encoded(array):
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
     return header + array.astype(np.uint8).tobytes()
 
 
@@ -91,7 +91,7 @@ def test_a_gzipped_file_cut_off_is_refused(tmp_path):
 
 def test_labels_of_other_images_are_refused(folder):
     suffix = path_of(folder, "y_train").suffix
-    write(folder, "y_train", encoded(np.arange(39) % 4), suffix if suffix == ".gz" else "")
+    write(folder, "y_train", encoded(np.arange(39) % 4), suffix)
     with pytest.raises(data.DataError, match="y_train must hold an integer"):
         data.load_idx("mnist", folder)
 
