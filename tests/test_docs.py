@@ -7,7 +7,9 @@ import re
 import jax
 import pytest
 
-DOCS = sorted((pathlib.Path(__file__).parents[1] / "docs").glob("*.md"))
+ROOT = pathlib.Path(__file__).parents[1]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+DOCS = sorted(set((ROOT / "docs").glob("*.md")) - {TUTORIAL})
 SNIPPETS = {
     f"{path.stem}, {i}": snippet
     for path in DOCS
@@ -35,6 +37,23 @@ def test_snippet(snippet, monkeypatch):
             pytest.importorskip(name, reason=f"{name} is not installed")
     with jax.numpy_dtype_promotion("standard"):
         exec(SNIPPETS[snippet], {})
+
+
+def test_tutorial(monkeypatch, tmp_path):
+    """Its snippets run one after the other, at the top of the repository; its figures are there."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    text = TUTORIAL.read_text()
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):
+        for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            assert "assert " in snippet
+            exec(snippet, names)
+    assert (tmp_path / "modes.png").stat().st_size > 1000
+    figures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert len(figures) == 5
+    for figure in figures:
+        assert (TUTORIAL.parent / figure).read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_way_to_distribute_has_a_snippet():

