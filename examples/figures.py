@@ -8,13 +8,14 @@ from data import Dataset
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, SymmetricalLogLocator
 from records import Epoch
 from steps import Results
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; markers where lines coincide.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 MARKERS = ("o", "s", "^", "D")
+STYLES = ("-", "--", "-.", ":")
 MISTAKES = 24
 
 
@@ -52,9 +53,9 @@ def draw_history(history: list[Epoch]) -> Figure:
     panels[1].set(title="Accuracy", ylabel="accuracy (%)")
     if with_gap:
         gaps = [100 * (e.test_accuracy - (e.batch_accuracy or 0.0)) for e in history]
-        _line(panels[2], gaps, "running − batch statistics", COLORS[2], MARKERS[2])
+        _line(panels[2], gaps, "test", COLORS[1], MARKERS[1])
         panels[2].axhline(0, color="black", linewidth=0.8)
-        panels[2].set(title="Inference against batch statistics", ylabel="test accuracy (points)")
+        panels[2].set(title="Running against batch statistics", ylabel="gain in accuracy (points)")
     figure.suptitle("training and test set")
     return _finished(figure)
 
@@ -69,8 +70,11 @@ def draw_drift(history: list[Epoch]) -> Figure:
         for j, name in enumerate(names):
             values = [np.nan, *(epoch.drift[name][i] for epoch in history[1:])]
             marker = MARKERS[j % len(MARKERS)]
-            _line(axes, values, f"{j + 1}: {name.partition('/')[0]}", shades[j], marker)
+            _line(axes, values, name.partition("/")[0], shades[j], marker)
         axes.set_yscale("symlog", linthresh=1e-4)  # with momentum 0 nothing drifts
+        ticks = SymmetricalLogLocator(linthresh=1e-4, base=10, subs=(1, 3))
+        axes.yaxis.set_major_locator(ticks)
+        axes.yaxis.set_major_formatter("{x:g}")
     panels[0].set(title="Running mean", ylabel="root mean square change (running std)")
     panels[1].set(title="Running variance", ylabel="root mean square relative change")
     figure.suptitle("drift over an epoch, by layer from the first to the last")
@@ -109,7 +113,7 @@ def draw_mistakes(results: Results, dataset: Dataset) -> Figure:
     wrong = np.flatnonzero(results.predicted != dataset.y_test)
     worst = wrong[np.argsort(-results.confidence[wrong], kind="stable")][:MISTAKES]
     rows = max(1, -(-len(worst) // 8))
-    figure = Figure(figsize=(12, 0.6 + 2 * rows), layout="constrained")
+    figure = Figure(figsize=(12, 0.6 + 1.85 * rows), layout="constrained")
     panels = figure.subplots(rows, 8, squeeze=False).ravel()
     for axes in panels:
         axes.set_axis_off()
@@ -131,19 +135,21 @@ def draw_comparison(path: pathlib.Path, histories: dict[str, list[Epoch]]) -> No
     values: tuple[tuple[str, str, Callable[[Epoch], float]], ...] = (
         ("Training loss", "cross-entropy (nats)", lambda epoch: epoch.train_loss),
         ("Test loss", "cross-entropy (nats)", lambda epoch: epoch.test_loss),
-        ("Test accuracy", "error (%)", lambda epoch: 100 * (1 - epoch.test_accuracy)),
+        ("Test error", "error (%)", lambda epoch: 100 * (1 - epoch.test_accuracy)),
     )
     for axes, (title, label, value) in zip(panels, values, strict=True):
         for i, (norm, history) in enumerate(histories.items()):
-            _line(axes, list(map(value, history)), norm, COLORS[i], MARKERS[i])
+            _line(axes, list(map(value, history)), norm, COLORS[i], MARKERS[i], STYLES[i])
         axes.set(title=title, ylabel=label, yscale="log")
     figure.suptitle("the same network and seed with each batch norm")
     _finished(figure).savefig(path, dpi=120)
 
 
-def _line(axes: Axes, values: list[float], label: str, color: object, marker: str) -> None:
+def _line(
+    axes: Axes, values: list[float], label: str, color: object, marker: str, style: str = "-"
+) -> None:
     epochs = range(1, len(values) + 1)
-    axes.plot(epochs, values, label=label, color=color, marker=marker, markersize=4)
+    axes.plot(epochs, values, style, label=label, color=color, marker=marker, markersize=4)
 
 
 def _finished(figure: Figure, *, legend: bool = True) -> Figure:
@@ -152,7 +158,7 @@ def _finished(figure: Figure, *, legend: bool = True) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if axes.get_yscale() == "log":  # 0.2, not 2 × 10⁻¹
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
         if legend:
