@@ -124,7 +124,8 @@ def draw_mistakes(results: Results, dataset: Dataset) -> Figure:
         axes.imshow(pixels if colored else pixels.mean(-1), cmap=None if colored else "gray")
         said, true = dataset.names[results.predicted[i]], dataset.names[dataset.y_test[i]]
         axes.set_title(f"{said}? {results.confidence[i]:.0%}\nis {true}", fontsize=9)
-    figure.suptitle(f"the most confident of {len(wrong)} mistakes on {len(dataset.x_test)} images")
+    found = f"{len(wrong)} mistakes on {len(dataset.x_test)} images"
+    figure.suptitle(f"{found}, the most confident first")
     return figure
 
 

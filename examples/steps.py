@@ -43,6 +43,7 @@ class Sums(NamedTuple):
     samples: Any
 
 
+@functools.cache  # the same object for the same numbers, so that a recipe is compiled for once
 def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
     """AdamW over one cosine cycle with a warm-up; the weight decay spares vectors."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)

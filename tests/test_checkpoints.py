@@ -33,13 +33,8 @@ def standard_promotion():
 
 @pytest.fixture
 def images(tmp_path):
-    """A data set that batches of 26 do not divide, and the flags for it."""
-    path = tmp_path / "images.npz"
-    state = np.random.RandomState(0)
-    y = np.arange(130) % 3
-    x = 50 + state.normal(size=(130, 6, 6)) + y[:, None, None] * np.eye(6)
-    np.savez(path, x_train=x[:100], y_train=y[:100], x_test=x[100:], y_test=y[100:])
-    return ["--data", str(path), "--batch-size", "26"]
+    """The flags for a data set that the batches do not divide."""
+    return ["--data", str(training.save_images(tmp_path)), "--batch-size", "26"]
 
 
 def told(folder):

@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+from training import save_images
 
 TRAINING = pathlib.Path(__file__).with_name("training.py")
 TIMEOUT = 15  # seconds, --timeout
@@ -78,13 +79,8 @@ def run(tmp_path):
 
 @pytest.fixture
 def images(tmp_path):
-    """A data set of 100 and 30 images, which batches of 26 and four devices do not divide."""
-    path = tmp_path / "images.npz"
-    state = np.random.RandomState(0)
-    y = np.arange(130) % 3
-    x = 50 + state.normal(size=(130, 6, 6)) + y[:, None, None] * np.eye(6)
-    np.savez(path, x_train=x[:100], y_train=y[:100], x_test=x[100:], y_test=y[100:])
-    return path
+    """A data set that batches of 26 and four devices do not divide."""
+    return save_images(tmp_path)
 
 
 # Both are sixteen steps, which amplify rounding: the parameters are of order one, each of its sums

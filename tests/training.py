@@ -62,6 +62,13 @@ def arrays(dataset):
     return dict(zip(data.KEYS, dataset, strict=False))
 
 
+def save_images(folder):
+    """100 and 30 images in a file of the folder: its path."""
+    path = folder / "images.npz"
+    np.savez(path, **arrays(images(100, 30)))
+    return path
+
+
 if __name__ == "__main__":
     hush()
     path, dtype, *flags = sys.argv[1:]
