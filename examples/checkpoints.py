@@ -40,7 +40,6 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, *, write: bool = True) -> None:
         """`write` says whether this process writes; the folder is made for the first one."""
         self.folder = folder.absolute()
-        self.write = write
         process = jax.process_index()
         alone = MultiprocessingOptions(
             primary_host=process, active_processes={process}, barrier_sync_key_prefix=str(process)

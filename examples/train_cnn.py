@@ -1,8 +1,8 @@
 """Trains a small network with batch norm, then classifies in inference mode.
 
 python examples/train_cnn.py                      # handwritten digits, on all devices there are
-python examples/train_cnn.py --output digits            # with checkpoints, metrics and figures
-python examples/train_cnn.py --output digits --resume  # goes on after an interruption
+python examples/train_cnn.py --output digits      # with checkpoints, metrics and figures
+python examples/train_cnn.py --output digits --resume  # after an interruption
 python examples/train_cnn.py --compare            # jaxbn, Flax, ghost batch norm and none
 python examples/train_cnn.py --dataset fashion-mnist --model resnet20 --dtype bfloat16
 
@@ -180,8 +180,7 @@ def run_all(flags: argparse.Namespace, arguments: list[str], sharding: NamedShar
         chosen = [*arguments, "--norm", norm]
         if flags.output:
             chosen += ["--output", str(flags.output / norm)]
-            if first:
-                flags.output.mkdir(exist_ok=True)
+            flags.output.mkdir(exist_ok=True)  # each process checks its flags
         console.rule(norm)
         parsed = parse(DESCRIPTION, chosen)
         histories[norm] = run(parsed, chosen, sharding, console).history
@@ -195,15 +194,21 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = parse(DESCRIPTION, arguments)
     several = flags.coordinator or flags.cluster
-    with processes.joined(flags, PREFIX) if several else contextlib.nullcontext():
-        mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
-        try:
-            with jax.set_mesh(mesh):
-                run_all(flags, arguments, NamedSharding(mesh, PartitionSpec("batch")))
-        except EXPECTED as error:
-            return fail(error)
-        except KeyboardInterrupt:
-            return fail(f"interrupted{'; go on with --resume' if flags.output else ''}")
+    try:
+        with processes.joined(flags, PREFIX) if several else contextlib.nullcontext():
+            return train(flags, arguments)
+    except KeyboardInterrupt:  # of one process: one of several ends the others
+        return fail(f"interrupted{'; go on with --resume' if flags.output else ''}")
+
+
+def train(flags: argparse.Namespace, arguments: list[str]) -> int:
+    """Trains on all devices; the exit status."""
+    mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
+    try:
+        with jax.set_mesh(mesh):
+            run_all(flags, arguments, NamedSharding(mesh, PartitionSpec("batch")))
+    except EXPECTED as error:
+        return fail(error)
     return 0
 
 

@@ -58,12 +58,12 @@ class Trainer:
         flags: argparse.Namespace,
         dataset: Dataset,
         sharding: NamedSharding,
-        checkpoints: Checkpoints | None = None,
-        config: dict[str, Any] | None = None,
+        checkpoints: Checkpoints | None,
+        config: dict[str, Any],
     ) -> None:
         """Puts the data on the devices, and takes the newest of the checkpoints as the start."""
         self.recipe, self.flags, self.dataset = recipe, flags, dataset
-        self.checkpoints, self.config = checkpoints, config or {}
+        self.checkpoints, self.config = checkpoints, config
         multiple = math.lcm(sharding.num_devices, recipe.model.norm.samples)
         self.multiple, self.first = multiple, jax.process_index() == 0
         self.train = Feed(dataset.x_train, dataset.y_train, sharding, flags.stream)

@@ -291,6 +291,18 @@ def test_a_run_is_neither_overwritten_nor_mixed(images, tmp_path, monkeypatch, c
     assert "was trained on other images" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("output", [False, True])
+def test_an_interruption_is_one_line(output, images, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_cnn, "run", interrupted)
+    flags = ["--output", str(tmp_path)] if output else []
+    assert train_cnn.main([*images, *flags]) == 1
+    fix = "; go on with --resume" if output else ""
+    assert capsys.readouterr().err == f"train_cnn.py: error: interrupted{fix}\n"
+
+
 def test_lines_that_were_cut_off_are_dropped(images, tmp_path, monkeypatch):
     training.keep(monkeypatch.setattr)
     flags = [*images, "--output", str(tmp_path), "--epochs", "1"]
