@@ -104,3 +104,4 @@ def test_the_gpu_benchmark_runs_without_one(tmp_path):
     assert {row["library"] for row in rows} == {"jaxbn", "flax.linen"}
     assert {row["passes"] for row in rows} == set(layer_problems.PASSES)
     assert all(float(row["error"]) < 2e-6 for row in rows)
+    assert all(float(row["lower_ms"]) > 0 for row in rows)
