@@ -4,13 +4,15 @@
 
 jaxbn beside Flax, Linen and NNX; on a layer of 8 channels and 32 samples, forward and backward: the
 time to trace, to lower and to compile (caches cleared, in turns), the time of a call of the
-compiled function, and of the layer without `jax.jit`. Of a network of 50 dense layers with batch
+compiled function, and of the layer without `jax.jit`. The time of a call is measured of the batches
+of larger dense layers, too. Of a network of 50 dense layers with batch
 norm and ReLU: the equations of its jaxpr, forward and with gradients, inner ones included, those of
 functions that are used again counted once, and the lines of StableHLO that it lowers to; and the
 time to its first step. Ratios over 1 mean that jaxbn is faster or smaller.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +31,7 @@ import jaxbn.linen
 import jaxbn.nnx
 
 CHANNELS, SAMPLES, DEPTH = 8, 32, 50
+DENSE = ((128, 64), (256, 256), (1024, 1024), (65536, 64))  # samples, channels
 Step = Callable[..., Any]
 
 
@@ -42,30 +45,30 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """The network in training mode."""
         for _ in range(self.depth):
-            x = nn.Dense(CHANNELS)(x) if self.depth > 1 else x
+            x = nn.Dense(x.shape[-1])(x) if self.depth > 1 else x
             x = nn.relu(self.norm()(x))
         return x
 
 
-def linen(norm: Callable[[], nn.Module], depth: int) -> tuple[Step, Any]:
+def linen(norm: Callable[[], nn.Module], depth: int, channels: int) -> tuple[Step, Any]:
     """`(variables, x) -> (y, new statistics)`, and the variables."""
     module = Dense(norm, depth)
 
     def forward(variables: Any, x: jax.Array) -> Any:
         return module.apply(variables, x, mutable=["batch_stats"])
 
-    return forward, jax.jit(module.init)(jax.random.key(0), jnp.ones((SAMPLES, CHANNELS)))
+    return forward, jax.jit(module.init)(jax.random.key(0), jnp.ones((SAMPLES, channels)))
 
 
 class NnxDense(nnx.Module):
     """The same for NNX."""
 
-    def __init__(self, norm: Callable[..., nnx.Module], depth: int) -> None:
+    def __init__(self, norm: Callable[..., nnx.Module], depth: int, channels: int) -> None:
         """Makes the layers."""
         rngs = nnx.Rngs(0)
-        self.norms = nnx.List([norm(CHANNELS, rngs=rngs) for _ in range(depth)])
+        self.norms = nnx.List([norm(channels, rngs=rngs) for _ in range(depth)])
         count = depth if depth > 1 else 0
-        self.dense = nnx.List([nnx.Linear(CHANNELS, CHANNELS, rngs=rngs) for _ in range(count)])
+        self.dense = nnx.List([nnx.Linear(channels, channels, rngs=rngs) for _ in range(count)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The network in training mode."""
@@ -75,9 +78,9 @@ class NnxDense(nnx.Module):
         return x
 
 
-def with_nnx(norm: Callable[..., nnx.Module], depth: int) -> tuple[Step, Any]:
+def with_nnx(norm: Callable[..., nnx.Module], depth: int, channels: int) -> tuple[Step, Any]:
     """`(state, x) -> (y, new state)`, and the state."""
-    graph, state = nnx.split(NnxDense(norm, depth))
+    graph, state = nnx.split(NnxDense(norm, depth, channels))
 
     def forward(state: Any, x: jax.Array) -> Any:
         module = nnx.merge(graph, state)
@@ -87,13 +90,17 @@ def with_nnx(norm: Callable[..., nnx.Module], depth: int) -> tuple[Step, Any]:
     return forward, state
 
 
-def models(depth: int) -> dict[str, tuple[Step, Any]]:
+def models(depth: int, channels: int = CHANNELS) -> dict[str, tuple[Step, Any]]:
     """The networks by the library of their batch norm."""
+    ours, flaxs = (
+        functools.partial(norm, use_running_average=False)
+        for norm in (jaxbn.linen.BatchNorm, nn.BatchNorm)
+    )
     return {
-        "jaxbn.linen": linen(lambda: jaxbn.linen.BatchNorm(use_running_average=False), depth),
-        "flax.linen": linen(lambda: nn.BatchNorm(use_running_average=False), depth),
-        "jaxbn.nnx": with_nnx(jaxbn.nnx.BatchNorm, depth),
-        "flax.nnx": with_nnx(nnx.BatchNorm, depth),
+        "jaxbn.linen": linen(ours, depth, channels),
+        "flax.linen": linen(flaxs, depth, channels),
+        "jaxbn.nnx": with_nnx(jaxbn.nnx.BatchNorm, depth, channels),
+        "flax.nnx": with_nnx(nnx.BatchNorm, depth, channels),
     }
 
 
@@ -168,21 +175,19 @@ def first_steps(depth: int, label: str, repetitions: int) -> list[dict[str, Any]
     return [_row(label, name, *measuring.quartiles(values)) for name, values in taken.items()]
 
 
-def calls(repetitions: int) -> list[dict[str, Any]]:
-    """Microseconds of a call of one layer, compiled and not."""
+def calls(
+    samples: int, channels: int, label: str, repetitions: int, *, jit: bool = True
+) -> list[dict[str, Any]]:
+    """Microseconds of a call of one layer."""
     random = np.random.default_rng(0)
-    x, dy = (jnp.asarray(random.standard_normal((SAMPLES, CHANNELS), np.float32)) for _ in "xd")
-    rows = []
-    for label, wrap in (("µs of a compiled call", jax.jit), ("µs of a call without jit", None)):
-        runs = {}
-        for name, (forward, variables) in models(1).items():
-            step = with_gradients(forward)
-            function = wrap(step) if wrap else step
-            runs[name] = lambda f=function, v=variables: jax.block_until_ready(f(v, x, dy))
-        number = repetitions if wrap else max(repetitions // 20, 3)
-        for name, values in measuring.take_turns(runs, number).items():
-            rows.append(_row(label, name, *measuring.quartiles(1e6 * values)))
-    return rows
+    x, dy = (jnp.asarray(random.standard_normal((samples, channels), np.float32)) for _ in "xd")
+    runs = {}
+    for name, (forward, variables) in models(1, channels).items():
+        step = with_gradients(forward)
+        function = jax.jit(step) if jit else step
+        runs[name] = lambda f=function, v=variables: jax.block_until_ready(f(v, x, dy))
+    taken = measuring.take_turns(runs, repetitions)
+    return [_row(label, name, *measuring.quartiles(1e6 * v)) for name, v in taken.items()]
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -204,8 +209,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=DEPTH, help="layers of the deep network")
     parser.add_argument("--csv", default=str(measuring.RESULTS / "small_layers.csv"))
     options = parser.parse_args(arguments)
-    depth, compilations = options.depth, options.compilations
-    rows = sizes(depth) + calls(options.repetitions)
+    depth, compilations, repetitions = options.depth, options.compilations, options.repetitions
+    rows = sizes(depth)
+    rows += calls(SAMPLES, CHANNELS, "µs of a compiled call", repetitions)
+    fewer = max(repetitions // 20, 3)
+    for samples, channels in DENSE:
+        rows += calls(samples, channels, f"µs of a compiled call, {samples} × {channels}", fewer)
+    rows += calls(SAMPLES, CHANNELS, "µs of a call without jit", fewer, jit=False)
     rows += first_steps(1, "ms to the first step, one layer", compilations)
     rows += first_steps(depth, f"ms to the first step, {depth} layers", max(compilations // 2, 1))
     Console(width=160).print(table(rows))

@@ -16,10 +16,13 @@ from jaxbn._sums import (
     expand,
     flattened,
     is_small,
+    is_tiny,
     means,
+    plain_sum,
     reduced_axes,
     rounded,
     sum_in_pieces,
+    sum_of_few,
     sum_over,
     written_out,
 )
@@ -145,6 +148,8 @@ def _local_moments(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DType
         count = jnp.asarray(x.size // x.shape[axis], dtype)
     else:
         count = _valid_count(mask, x, axis, dtype)
+    if is_tiny(x):
+        return _moments(x, mask, count, axis=axis, parts=(1,), total=sum_of_few)
     parts = (1,) if is_small(x) else (16, 4)
     on_a_cpu = functools.partial(_moments, axis=axis, parts=parts, total=sum_in_pieces)
     parts = (_some_sixteenth(x, axis),)
@@ -166,15 +171,16 @@ def _moments(
 
     Under a mask every part is all that it leaves.
     """
-    if mask is None:
+    if mask is None and x.ndim > 2:
         x, axis = flattened(x, axis)
     estimate = jnp.zeros(x.shape[axis], count.dtype)
+    roughly = plain_sum if is_small(x) else total  # an estimate need not be exact
     for part in parts:
         some, some_count = x, count
         if mask is None:
             some = _part(x, axis, part)
             some_count = jnp.asarray(some.size // some.shape[axis], count.dtype)
-        (left,) = means((centered(some, mask, axis, estimate),), some_count, axis, total=total)
+        (left,) = means((centered(some, mask, axis, estimate),), some_count, axis, total=roughly)
         (estimate,) = written_out(x, rounded(estimate + rounded(left)))
     deviation = centered(x, mask, axis, estimate)
     delta, mean_square = means((deviation, jnp.square(deviation)), count, axis, total=total)

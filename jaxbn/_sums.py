@@ -2,17 +2,17 @@
 
 JAX turns each into the other when it transposes, so the sums of a backward pass are these too.
 
-A compiler sums a small array one element after the other, and in float32 the rounding errors of a
-few hundred additions show. A small array is therefore summed in two parts: `high`, which is `x`
+A compiler sums a tiny array one element after the other, and in float32 the rounding errors of a
+few hundred additions show. A tiny array is therefore summed in two parts: `high`, which is `x`
 rounded to five significant bits, and `low = x − high`. Sums of `high` are nearly exact, having
-nineteen bits to spare, and sums of `low` lose 2⁵ times less than sums of `x`. Larger arrays are
-left to the compiler, which adds those in blocks.
+nineteen bits to spare, and sums of `low` lose 2⁵ times less than sums of `x`. Other arrays are left
+to the compiler, which adds those in blocks.
 
 On a CPU, XLA's reduction takes little but the array itself: what is computed in front of it, for
 example a difference or a conversion from bfloat16, is written to memory first, which costs more
-than the sum. A large array is therefore added up there in pieces, `x[:, :p] + x[:, p:2p] + …`. This
-is an elementwise operation, with everything in front of it in the same pass, and leaves a fraction
-to the reduction.
+than the sum where the array is large. It is therefore added up there in pieces, `x[:, :p] +
+x[:, p:2p] + …`. This is an elementwise operation, with everything in front of it in the same pass,
+and leaves a fraction to the reduction.
 """
 
 import functools
@@ -25,10 +25,14 @@ import jax.numpy as jnp
 
 from jaxbn._devices import ALONE, Devices, spread, summed
 
-# Elements. XLA:CPU adds in blocks from some 2¹³ on, products later; this size costs little yet.
-SMALL = 2**16
-# Elements, up to which a sum in one go is as fast.
+# Elements, below which XLA:CPU does not add in blocks.
 TINY = 2**12
+# Elements, up to which memory does not matter.
+SMALL = 2**15
+# Values of a channel, whose sum in one go loses no more than torch's.
+FEW = 64
+# Channels, below which pieces of rows are too short for loops over them.
+NARROW = 32
 
 # `sum_over`, or another way to the same sums.
 Total = Callable[[jax.Array, int], jax.Array]
@@ -49,15 +53,25 @@ def reduced_axes(ndim: int, axis: int) -> tuple[int, ...]:
 
 def sum_over(x: jax.Array, axis: int) -> jax.Array:
     """Sum of `x` over every axis but `axis`: shape `[C]`."""
-    return _sum(x, axis, _in_two_parts(x.shape, x.dtype))
+    return _sum(x, axis, _in_two_parts(x.size, x.dtype))
+
+
+def sum_of_few(x: jax.Array, axis: int) -> jax.Array:
+    """`sum_over`, in one go where a channel has few values."""
+    few = isinstance(x.size, int) and x.size <= FEW * x.shape[axis]
+    return _sum(x, axis, not few and _in_two_parts(x.size, x.dtype))
+
+
+def plain_sum(x: jax.Array, axis: int) -> jax.Array:
+    """The sum in one go, with the rounding errors that it may have in a small array."""
+    return x.sum(reduced_axes(x.ndim, axis))
 
 
 def _sum(x: jax.Array, axis: int, in_two_parts: bool) -> jax.Array:
-    axes = reduced_axes(x.ndim, axis)
     if not in_two_parts:
-        return x.sum(axes)
+        return plain_sum(x, axis)
     high = _high(x)
-    return high.sum(axes) + (x - high).sum(axes)
+    return plain_sum(high, axis) + plain_sum(x - high, axis)
 
 
 def sum_in_pieces(x: jax.Array, axis: int) -> jax.Array:
@@ -65,13 +79,12 @@ def sum_in_pieces(x: jax.Array, axis: int) -> jax.Array:
     pieces = _pieces(jax.typeof(x), axis)
     if pieces == 1:
         return sum_over(x, axis)
-    in_two_parts = _in_two_parts(x.shape, x.dtype)
     x, axis = flattened(x, axis)
     split = 3 - axis
     size = x.shape[split] // pieces
     parts = (jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=split) for i in range(pieces))
     # Rounded, or the compiler takes the additions for a part of its reduction.
-    return _sum(rounded(functools.reduce(jnp.add, parts)), axis, in_two_parts)
+    return plain_sum(rounded(functools.reduce(jnp.add, parts)), axis)
 
 
 def means(
@@ -94,7 +107,7 @@ def expand(vector: jax.Array, like: Any, axis: int) -> jax.Array:
 
     In reverse mode it becomes the sum over every other axis.
     """
-    if _in_two_parts(like.shape, vector.dtype) or _pieces(like, axis) > 1:
+    if _in_two_parts(like.size, vector.dtype) or _pieces(like, axis) > 1:
         return jax.lax.broadcast_in_dim(vector, like.shape, (axis,))
     return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))
 
@@ -111,36 +124,29 @@ def _expand_jvp(
 
 def expand_tangent(vector: jax.Array, like: Any, axis: int) -> jax.Array:
     """`expand` of a vector that is itself a tangent: linear, with a sum as its transpose."""
-    in_two_parts = _in_two_parts(like.shape, vector.dtype)
     pieces = _pieces(like, axis)
 
     def whole(vector: jax.Array) -> jax.Array:
-        # The transpose is `sum_over`.
-        return _expanded(vector, like.shape, axis, in_two_parts)
+        # The transpose is `plain_sum`.
+        return jax.lax.broadcast_in_dim(vector, like.shape, (axis,))
 
     def in_pieces(vector: jax.Array) -> jax.Array:
         # The transpose is `sum_in_pieces`.
         shape, flat_axis = _flat(like.shape, axis)
         split = 3 - flat_axis
         shape[split] //= pieces
-        piece = rounded(_expanded(vector, shape, flat_axis, in_two_parts))
+        piece = rounded(jax.lax.broadcast_in_dim(vector, shape, (flat_axis,)))
         return jnp.concatenate([piece] * pieces, split).reshape(like.shape)
 
     if pieces > 1:
         vector = spread(vector, like)
         expanded: jax.Array = jax.lax.platform_dependent(vector, cpu=in_pieces, default=whole)
         return expanded
-    if in_two_parts:
-        return whole(vector)
+    if _in_two_parts(like.size, vector.dtype):
+        # The transpose is a sum of _high(cotangent), and another of the rest.
+        once, again = whole(vector), whole(vector)
+        return _high(once) + (again - _high(again))
     return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))
-
-
-def _expanded(vector: jax.Array, shape: Sequence[int], axis: int, in_two_parts: bool) -> jax.Array:
-    if not in_two_parts:
-        return jax.lax.broadcast_in_dim(vector, shape, (axis,))
-    # Two broadcasts, for two sums when transposed: of _high(cotangent), and of the rest.
-    once, again = (jax.lax.broadcast_in_dim(vector, shape, (axis,)) for _ in range(2))
-    return _high(once) + (again - _high(again))
 
 
 def written_out(x: jax.Array, *vectors: jax.Array) -> tuple[jax.Array, ...]:
@@ -149,7 +155,7 @@ def written_out(x: jax.Array, *vectors: jax.Array) -> tuple[jax.Array, ...]:
     XLA would compute them inside of the loops over a large `x` that use them, for every element
     anew. It does not so with a reduction: of each vector and zeros, and in the transpose as well.
     """
-    if _is_tiny(x) or any(_is_placed(jax.typeof(v)) for v in (x, *vectors)):
+    if is_tiny(x) or any(_is_placed(jax.typeof(v)) for v in (x, *vectors)):
         return vectors
 
     def by_reduction(stack: jax.Array) -> jax.Array:
@@ -182,12 +188,19 @@ def flattened(x: jax.Array, axis: int) -> tuple[jax.Array, int]:
 
 
 def _adjacent(ndim: int, axis: int) -> bool:
-    """Whether the axes of the positions are neighbours."""
+    """Whether the samples are first and the axes of the positions neighbours."""
     return ndim > 1 and axis in (1, ndim - 1)
 
 
 def _flat(shape: tuple[int, ...], axis: int) -> tuple[list[int], int]:
-    """The shape of a batch with the positions of each sample along one axis; its `axis`."""
+    """The shape of a batch with the positions of each sample along one axis; its `axis`.
+
+    Where a sample has one position, 8 neighbours are taken for one sample; in multiples of 64, so
+    that they stay together where the batch is spread over up to 8 devices.
+    """
+    if len(shape) == 2:
+        neighbours = 1 if shape[0] % 64 else 8
+        return [shape[0] // neighbours, neighbours, shape[1]], 2
     positions = math.prod(shape[i] for i in reduced_axes(len(shape), axis)[1:])
     if axis == 1:
         return [shape[0], shape[1], positions], 1
@@ -200,13 +213,16 @@ def _pieces(x: Any, axis: int) -> int:
     Samples stay together, since they may be spread over devices. Nothing is split where the type of
     `x` says that it is spread.
     """
-    if _is_tiny(x) or not _adjacent(x.ndim, axis) or _is_placed(x):
+    if is_small(x) or not _adjacent(x.ndim, axis) or _is_placed(x):
         return 1
-    size = math.prod(x.shape[i] for i in reduced_axes(x.ndim, axis)[1:])
-    return next((n for n in range(8, 1, -1) if size % n == 0 and size > n), 1)
+    if x.ndim == 2 and x.shape[axis] < NARROW:
+        return 1
+    shape, axis = _flat(x.shape, axis)
+    return next((n for n in range(8, 1, -1) if shape[3 - axis] % n == 0), 1)
 
 
-def _is_tiny(x: Any) -> bool:
+def is_tiny(x: Any) -> bool:
+    """Whether an array is so small, or of unknown size, that the same is done on all platforms."""
     return not isinstance(x.size, int) or x.size < TINY
 
 
@@ -219,6 +235,5 @@ def _high(x: jax.Array) -> jax.Array:
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=4)
 
 
-def _in_two_parts(shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
-    size = math.prod(shape)  # no int where the shape is symbolic, as `jax.export` has them
-    return dtype == jnp.float32 and isinstance(size, int) and size <= SMALL
+def _in_two_parts(size: Any, dtype: jnp.dtype) -> bool:
+    return dtype == jnp.float32 and isinstance(size, int) and size < TINY
