@@ -31,7 +31,7 @@ import jaxbn.linen
 import jaxbn.nnx
 
 CHANNELS, SAMPLES, DEPTH = 8, 32, 50
-DENSE = ((128, 64), (256, 256), (1024, 1024), (65536, 64))  # samples, channels
+DENSE = ((128, 64), (256, 256), (1024, 1024), (1000, 1000), (65536, 64))  # samples, channels
 Step = Callable[..., Any]
 
 
