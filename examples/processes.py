@@ -6,7 +6,6 @@ process that waits for the end of this one.
 """
 
 import argparse
-import contextlib
 import hashlib
 import os
 import subprocess
@@ -14,7 +13,7 @@ import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -22,6 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 TIMEOUT = 100  # seconds
+GRACE = 10  # seconds that a process which failed waits for the others
 # Flags that processes of one run need not have in common, nor a run that is resumed.
 PERSONAL = (
     "coordinator",
@@ -63,12 +63,12 @@ class Witness:
         self.process.communicate(DONE)
 
 
-@contextlib.contextmanager
-def joined(flags: argparse.Namespace, prefix: str) -> Iterator[None]:
-    """Runs the block as one of several processes, which also leave it together.
+def joined(flags: argparse.Namespace, prefix: str, run: Callable[[], int]) -> int:
+    """Runs as one of several processes, which also end together; the exit status.
 
     Where another does not come, dies or is silent for `flags.timeout` seconds, this process ends
-    with a line on standard error, begun by `prefix`, and a status other than 0.
+    with a line on standard error, begun by `prefix`, and a status other than 0. Where `run` returns
+    such a status, having said why, the others end too.
     """
     timeout = flags.timeout or TIMEOUT
     witness = Witness(
@@ -85,8 +85,13 @@ def joined(flags: argparse.Namespace, prefix: str) -> Iterator[None]:
         fix = "; give --coordinator, --processes and --process-id" if flags.cluster else ""
         witness.abandon(f"the processes cannot be joined: {_first_line(error)}{fix}")
     late.cancel()
+    failed = "this process failed, as said above; the others end too"
+    # The others may have failed alike. If not, they wait in a computation for this one.
+    alone = threading.Timer(GRACE, witness.abandon, [failed])
     try:
-        yield
+        status = run()
+        if status:
+            alone.start()
         jax.distributed.shutdown()
     except jax.errors.JaxRuntimeError as error:
         witness.abandon(
@@ -94,8 +99,10 @@ def joined(flags: argparse.Namespace, prefix: str) -> Iterator[None]:
         )
     except BaseException:
         traceback.print_exc()
-        witness.abandon("this process failed, as said above; the others end too")
+        witness.abandon(failed)
+    alone.cancel()
     witness.dismiss()
+    return status
 
 
 def _first_line(error: Exception) -> str:

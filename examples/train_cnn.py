@@ -13,7 +13,6 @@ python examples/train_cnn.py --coordinator localhost:1234 --processes 2 --proces
 """
 
 import argparse
-import contextlib
 import sys
 from typing import Any
 
@@ -193,10 +192,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; 0 when it went well."""
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = parse(DESCRIPTION, arguments)
-    several = flags.coordinator or flags.cluster
     try:
-        with processes.joined(flags, PREFIX) if several else contextlib.nullcontext():
-            return train(flags, arguments)
+        if flags.coordinator or flags.cluster:
+            return processes.joined(flags, PREFIX, lambda: train(flags, arguments))
+        return train(flags, arguments)
     except KeyboardInterrupt:  # of one process: one of several ends the others
         return fail(f"interrupted{'; go on with --resume' if flags.output else ''}")
 

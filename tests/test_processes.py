@@ -169,3 +169,15 @@ def test_processes_with_different_flags_are_refused(run):
             "train_cnn.py: error: the processes have different flags, data or "
             "checkpoints; start them all with the same"
         ]
+
+
+def test_failure_of_one_ends_the_other_long_before_the_timeout(run, images):
+    output = run.folder / "output"
+    (output / "metrics.jsonl").mkdir(parents=True)  # where the first process alone writes a file
+    for i in range(2):
+        run.join(i, "--data", str(images), "--output", str(output), timeout=2 * PATIENCE)
+    for process in run.processes:
+        assert process.wait(PATIENCE) != 0
+    assert "metrics.jsonl" in run.reasons(0)[0]
+    (reason,) = run.reasons(1)
+    assert re.search(LOSS, reason)
