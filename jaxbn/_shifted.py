@@ -18,7 +18,6 @@ from jaxbn._sums import (
     is_small,
     is_tiny,
     means,
-    plain_sum,
     reduced_axes,
     rounded,
     sum_in_pieces,
@@ -150,7 +149,7 @@ def _local_moments(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DType
         count = _valid_count(mask, x, axis, dtype)
     if is_tiny(x):
         return _moments(x, mask, count, axis=axis, parts=(1,), total=sum_of_few)
-    parts = (1,) if is_small(x) else (16, 4)
+    parts = (1, 1) if is_small(x) else (16, 4)
     on_a_cpu = functools.partial(_moments, axis=axis, parts=parts, total=sum_in_pieces)
     parts = (_some_sixteenth(x, axis),)
     elsewhere = functools.partial(_moments, axis=axis, parts=parts, total=sum_over)
@@ -174,13 +173,14 @@ def _moments(
     if mask is None and x.ndim > 2:
         x, axis = flattened(x, axis)
     estimate = jnp.zeros(x.shape[axis], count.dtype)
-    roughly = plain_sum if is_small(x) else total  # an estimate need not be exact
+    # A tiny array has one estimate, which must be good where means are large.
+    exact = sum_over if is_tiny(x) else total
     for part in parts:
         some, some_count = x, count
         if mask is None:
             some = _part(x, axis, part)
             some_count = jnp.asarray(some.size // some.shape[axis], count.dtype)
-        (left,) = means((centered(some, mask, axis, estimate),), some_count, axis, total=roughly)
+        (left,) = means((centered(some, mask, axis, estimate),), some_count, axis, total=exact)
         (estimate,) = written_out(x, rounded(estimate + rounded(left)))
     deviation = centered(x, mask, axis, estimate)
     delta, mean_square = means((deviation, jnp.square(deviation)), count, axis, total=total)
