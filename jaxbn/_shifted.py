@@ -149,10 +149,9 @@ def _local_moments(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DType
         count = _valid_count(mask, x, axis, dtype)
     if is_tiny(x):
         return _moments(x, mask, count, axis=axis, parts=(1,), total=sum_of_few)
-    parts = (1, 1) if is_small(x) else (16, 4)
-    on_a_cpu = functools.partial(_moments, axis=axis, parts=parts, total=sum_in_pieces)
-    parts = (_some_sixteenth(x, axis),)
-    elsewhere = functools.partial(_moments, axis=axis, parts=parts, total=sum_over)
+    two, one = (1, 1) if is_small(x) else (16, 4), (_some_sixteenth(x, axis),)
+    on_a_cpu = functools.partial(_moments, axis=axis, parts=two, total=sum_in_pieces)
+    elsewhere = functools.partial(_moments, axis=axis, parts=one, total=sum_over)
     moments: Shifted = jax.lax.platform_dependent(x, mask, count, cpu=on_a_cpu, default=elsewhere)
     return moments
 
