@@ -58,20 +58,19 @@ def sum_over(x: jax.Array, axis: int) -> jax.Array:
 
 def sum_of_few(x: jax.Array, axis: int) -> jax.Array:
     """`sum_over`, in one go where a channel has few values."""
-    few = isinstance(x.size, int) and x.size <= FEW * x.shape[axis]
-    return _sum(x, axis, not few and _in_two_parts(x.size, x.dtype))
+    return _sum(x, axis, _in_two_parts(x.size, x.dtype) and x.size > FEW * x.shape[axis])
 
 
-def plain_sum(x: jax.Array, axis: int) -> jax.Array:
-    """The sum in one go, with the rounding errors that it may have in a small array."""
+def _plain_sum(x: jax.Array, axis: int) -> jax.Array:
+    """The sum in one go, with the rounding errors that it may have in a tiny array."""
     return x.sum(reduced_axes(x.ndim, axis))
 
 
 def _sum(x: jax.Array, axis: int, in_two_parts: bool) -> jax.Array:
     if not in_two_parts:
-        return plain_sum(x, axis)
+        return _plain_sum(x, axis)
     high = _high(x)
-    return plain_sum(high, axis) + plain_sum(x - high, axis)
+    return _plain_sum(high, axis) + _plain_sum(x - high, axis)
 
 
 def sum_in_pieces(x: jax.Array, axis: int) -> jax.Array:
@@ -84,7 +83,7 @@ def sum_in_pieces(x: jax.Array, axis: int) -> jax.Array:
     size = x.shape[split] // pieces
     parts = (jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=split) for i in range(pieces))
     # Rounded, or the compiler takes the additions for a part of its reduction.
-    return plain_sum(rounded(functools.reduce(jnp.add, parts)), axis)
+    return _plain_sum(rounded(functools.reduce(jnp.add, parts)), axis)
 
 
 def means(
@@ -127,7 +126,7 @@ def expand_tangent(vector: jax.Array, like: Any, axis: int) -> jax.Array:
     pieces = _pieces(like, axis)
 
     def whole(vector: jax.Array) -> jax.Array:
-        # The transpose is `plain_sum`.
+        # The transpose is `_plain_sum`.
         return jax.lax.broadcast_in_dim(vector, like.shape, (axis,))
 
     def in_pieces(vector: jax.Array) -> jax.Array:
