@@ -1,19 +1,65 @@
-"""Several CPU devices, strict dtype promotion, and float64 by a fixture."""
+"""JAX as the tests use it: several CPU devices, strict promotion, and compilation that is fast.
+
+What is compiled is kept in `.jax_cache`, so that equal programs are compiled once for all tests,
+workers and runs. XLA also leaves out most of its optimization, except in tests that are marked
+`optimized`: their numbers, bytes or times depend on how XLA fuses and vectorizes.
+"""
 
 import os
+import pathlib
 
+ROOT = pathlib.Path(__file__).parents[1]
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# In the environment, so that the processes that tests start have the cache too.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+from jax._src import compiler
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+FAST = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+if jax.__version_info__ < (0, 11):
+    FAST["xla_cpu_use_fusion_emitters"] = False  # newer versions have no other emitters
+
+# JAX has no public setting for the options of all compilations of a process.
+compile_options = compiler.get_compile_options
+overrides = dict(FAST)
+
+
+def with_overrides(*arguments, env_options_overrides=None, **options):
+    return compile_options(
+        *arguments, env_options_overrides=overrides | (env_options_overrides or {}), **options
+    )
+
+
+compiler.get_compile_options = with_overrides
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Compiles as the test asks for, and forgets what was compiled in another way."""
+    chosen = {} if item.get_closest_marker("optimized") else FAST
+    if overrides != chosen:
+        overrides.clear()
+        overrides.update(chosen)
+        jax.clear_caches()
 
 
 @pytest.fixture
 def x64():
     """Enables float64 for one test."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def standard_promotion():
+    """JAX's default promotion, which users of the examples have."""
+    with jax.numpy_dtype_promotion("standard"):
         yield

@@ -1,0 +1,228 @@
+"""Sharded arrays under `jit`: one batch, whatever is where, on automatic and explicit meshes."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.numpy_reference import error, masked_train, problem, tolerance
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+from jaxbn import linen
+
+SHAPE = (16, 8, 4, 8)  # NCHW
+SPECS = {
+    "batch": P("a"),
+    "channels": P(None, "a"),
+    "rows": P(None, None, "a"),
+    "batch and channels": P("a", "b"),
+    "batch and columns": P("a", None, None, "b"),
+    "batch over both": P(("a", "b")),
+    "columns and channels": P(None, "b", None, "a"),
+}
+
+
+def make_mesh(axis_types):
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=axis_types)
+
+
+@jax.jit
+def run(x, scale, bias, dy, mask):
+    """Everything that a training step of a layer makes."""
+    stats = jaxbn.init_batch_stats(SHAPE[1], scale.dtype)
+
+    def forward(x, scale, bias):
+        moments = jaxbn.batch_moments(x, axis=1, mask=mask)
+        y, new = jaxbn.batch_norm(x, stats, scale, bias, train=True, axis=1, mask=mask, momentum=1)
+        return y, (moments, new)
+
+    y, pullback, (moments, new) = jax.vjp(forward, x, scale, bias, has_aux=True)
+    return y, moments, new, *pullback(dy)
+
+
+def masked(which):
+    if which == "no mask":
+        return None
+    shape = (SHAPE[0], 1, SHAPE[2], 1) if which == "mask" else SHAPE
+    mask = np.random.RandomState(5).uniform(size=shape) < 0.6
+    mask[:8] = False  # half of the devices hold nothing that counts
+    return mask
+
+
+def check(results, expected, limit):
+    y, moments, new, dx, dscale, dbias = results
+    n = expected.count
+    pairs = {
+        "y": (y, expected.y),
+        "mean": (moments.mean, expected.mean),
+        "var": (moments.var, expected.var),
+        "running mean": (new.mean, expected.mean),
+        "running var": (new.var, expected.var * n / (n - 1)),
+        "dx": (dx, expected.dx),
+        "dscale": (dscale, expected.dscale),
+        "dbias": (dbias, expected.dbias),
+    }
+    for name, (actual, reference) in pairs.items():
+        assert error(actual, reference) <= limit, name
+
+
+TYPES = {
+    "auto": (AxisType.Auto,) * 2,
+    "explicit": (AxisType.Explicit,) * 2,
+    "both": (AxisType.Explicit, AxisType.Auto),
+}
+
+
+@pytest.mark.parametrize("which", ["no mask", "mask", "mask of every value"])
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_sharded_array_is_one_batch(spec, types, which):
+    mesh, mask = make_mesh(TYPES[types]), masked(which)
+    close = tolerance(np.float32, 512)
+    for dtype, mean, limit in (
+        (np.float32, 3.0, close),
+        (np.float32, 1e6, close),
+        (np.float64, 3.0, 1e-12),
+    ):
+        with jax.enable_x64(dtype == np.float64), jax.set_mesh(mesh):
+            x, scale, bias, dy = problem(SHAPE, 1, dtype=dtype, mean=mean)
+            everywhere = np.ones(SHAPE, bool) if mask is None else mask
+            expected = masked_train(x, scale, bias, dy, 1, everywhere)
+            place = NamedSharding(mesh, SPECS[spec])
+            x, dy = (jax.device_put(v, place) for v in (x, dy))
+            results = run(x, scale, bias, dy, mask)
+        assert {results[i].sharding.shard_shape(SHAPE) for i in (0, 3)} == {
+            place.shard_shape(SHAPE)
+        }
+        check(results, expected, limit)
+
+
+MODULE = """
+import jax, jaxbn, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"))
+x = jax.ShapeDtypeStruct((16, 4), np.float32, sharding=NamedSharding(mesh, P(("c", "a", "b"))))
+with jax.set_mesh(mesh):
+    gradient = jax.grad(lambda x: (jaxbn.batch_normalize(x)[0] ** 3).sum())
+    print(jax.jit(gradient).lower(x).as_text())
+"""
+
+
+def test_every_process_compiles_the_same_module():
+    # Python orders a set of strings differently in every process.
+    modules = {
+        subprocess.run(
+            [sys.executable, "-c", MODULE],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3", "4")
+    }
+    assert len(modules) == 1
+    assert "all_gather" in modules.pop()
+
+
+def test_the_type_of_an_array_is_enough():
+    # No mesh is set, and nothing is compiled around the call.
+    place = NamedSharding(make_mesh(TYPES["explicit"]), P("a"))
+    x, scale, bias, _ = problem(SHAPE, 1)
+    y, moments = jaxbn.batch_normalize(jax.device_put(x, place), scale, bias, axis=1)
+    expected = masked_train(x, scale, bias, x, 1, np.ones(SHAPE, bool))
+    assert error(y, expected.y) <= tolerance(np.float32, 512)
+    assert error(moments.var, expected.var) <= tolerance(np.float32, 512)
+
+
+def test_models_on_devices_of_their_own():
+    # The mapped axis is sharded by "b", and the batch of every model by "a".
+    mesh = make_mesh(TYPES["explicit"])
+    x, scale, bias, _ = problem((2, *SHAPE), 2)
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, P("b", "a"))
+        y, moments = jax.jit(jax.vmap(lambda x: jaxbn.batch_normalize(x, scale, bias, axis=1)))(
+            jax.device_put(x, place)
+        )
+    y, moments = jax.device_get((y, moments))
+    for i in range(2):
+        expected = masked_train(x[i], scale, bias, x[i], 1, np.ones(SHAPE, bool))
+        assert error(y[i], expected.y) <= tolerance(np.float32, 512)
+        assert error(moments.var[i], expected.var) <= tolerance(np.float32, 512)
+
+
+@pytest.mark.parametrize("groups", [None, [[0, 3], [1, 2]]])
+def test_named_devices_of_a_mesh_whose_other_axis_is_explicit(groups):
+    mesh = make_mesh(TYPES["explicit"])
+    x, scale, bias, _ = problem(SHAPE, 1)
+    x += np.arange(SHAPE[0], dtype=np.float32)[:, None, None, None]
+
+    def part(x):
+        assert jax.typeof(x).sharding.spec == P(None, None, None, "b")
+        return jaxbn.batch_normalize(
+            x, scale, bias, axis=1, axis_name="a", axis_index_groups=groups
+        )[0]
+
+    with jax.set_mesh(mesh):
+        x_placed = jax.device_put(x, NamedSharding(mesh, P("a", None, None, "b")))
+        mapped = jax.shard_map(part, in_specs=P("a"), out_specs=P("a"), axis_names={"a"})
+        y = jax.device_get(jax.jit(mapped)(x_placed))
+    for group in groups or [range(4)]:
+        samples = np.concatenate([np.arange(4 * i, 4 * i + 4) for i in group])
+        expected = masked_train(x[samples], scale, bias, x[samples], 1, True)
+        assert error(y[samples], expected.y) <= tolerance(np.float32, 512)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+def test_statistics_stay_where_they_are(types, spread):
+    """Carried through a loop and through both modes, beside channels that are spread."""
+    mesh = make_mesh(TYPES[types])
+    x = problem(SHAPE, 1)[0]
+    start = jaxbn.init_batch_stats(SHAPE[1])
+
+    def step(stats, train):
+        return jaxbn.batch_norm(x_spread, stats, train=train, axis=1)[1], None
+
+    with jax.set_mesh(mesh):
+        x_spread = jax.device_put(x, NamedSharding(mesh, P(None, "a")))
+        vector = NamedSharding(mesh, P("a" if spread else None))
+        stats = jaxbn.BatchStats(*(jax.device_put(v, vector) for v in start[:2]), start.count)
+        stats, _ = jax.jit(lambda s: jax.lax.scan(step, s, jnp.array([True, False])))(stats)
+    expected = jaxbn.batch_norm(x, start, train=True, axis=1)[1]
+    assert stats.mean.sharding.shard_shape((8,)) == ((2,) if spread else (8,))
+    assert error(stats.mean, expected.mean) <= tolerance(np.float32, 512)
+    assert error(stats.var, expected.var) <= tolerance(np.float32, 512)
+    assert stats.count == 1
+
+
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+def test_layers(types):
+    mesh = make_mesh(TYPES[types])
+    x = problem(SHAPE, 1)[0]
+    layer = linen.BatchNorm2d(SHAPE[1], num_groups=4)
+    variables = layer.init(jax.random.key(0), x, True)
+
+    @jax.jit
+    def step(x):
+        return layer.apply(variables, x, False, mutable=["batch_stats"])
+
+    with jax.set_mesh(mesh):
+        actual = step(jax.device_put(x, NamedSharding(mesh, P("a"))))
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5), actual, step(x)
+    )
+
+
+def test_long_batches_of_vectors_stay_in_place():
+    # More than is summed in two parts, so that the shift is taken of every sixteenth sample.
+    x = np.random.RandomState(0).normal(1e4, 1.0, (32_768, 8)).astype(np.float32)
+    mesh = make_mesh(TYPES["auto"])
+    moments = jax.jit(jaxbn.batch_moments)(jax.device_put(x, NamedSharding(mesh, P(("a", "b")))))
+    assert error(moments.var, x.astype(np.float64).var(0)) <= tolerance(np.float32, len(x))
+    assert jnp.all(moments.count == len(x))

@@ -1,0 +1,348 @@
+"""Whole networks, folded by names, against the networks as they were."""
+
+import re
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.folding_reference import applied, assert_same, batch_norm, kernel_of
+from helpers.numpy_reference import sample
+
+import jaxbn
+from jaxbn import linen
+
+NORMS = {
+    "jaxbn.linen.BatchNorm": lambda **o: linen.BatchNorm(**o),
+    "jaxbn.linen.BatchNorm2d": lambda **o: linen.BatchNorm2d(_features(o), axis=-1, **o),
+    "flax.linen.BatchNorm": lambda **o: nn.BatchNorm(force_float32_reductions=False, **o),
+}
+
+
+def _features(options):
+    return {"norm": 4, "norm_1": 6, "norm_2": 8, "before": 8}[options["name"]]
+
+
+class Block(nn.Module):
+    """A chain conv-bn-relu-conv-bn, a grouped and a pointwise one, and batch norm before."""
+
+    norm: str
+    folded: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        def norm(x, name):
+            if self.folded:
+                return x
+            layer = NORMS[self.norm](name=name, param_dtype=jnp.float64)
+            return layer(x, use_running_average=True)
+
+        def conv(features, size, name, use_bias=False, **options):
+            use_bias = use_bias or self.folded
+            options |= {"use_bias": use_bias, "param_dtype": jnp.float64, "name": name}
+            return nn.Conv(features, (size, size), **options)
+
+        x = nn.relu(norm(conv(4, 3, "conv")(x), "norm"))
+        x = nn.relu(norm(conv(6, 3, "conv_1", use_bias=True, strides=2)(x), "norm_1"))
+        x = conv(6, 1, "untouched", use_bias=True)(x)
+        up = nn.ConvTranspose(
+            8, (3, 3), (2, 2), use_bias=self.folded, param_dtype=jnp.float64, name="up"
+        )
+        x = nn.relu(norm(up(x), "norm_2"))
+        return conv(8, 3, "grouped", padding="VALID", feature_group_count=2)(norm(x, "before"))
+
+
+class Network(nn.Module):
+    """The block within a network that has a layer behind it."""
+
+    norm: str
+    folded: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = Block(self.norm, self.folded, name="block")(x)
+        return nn.Dense(3, param_dtype=jnp.float64, name="head")(x)
+
+
+PAIRS = [
+    ("block/conv", "block/norm"),
+    ("block/conv_1", "block/norm_1"),
+    ("block/up", "block/norm_2"),
+    ("block/before", "block/grouped"),
+]
+
+
+def network(norm, x, seed=40):
+    """A network and its variables, with nothing at 0 or 1."""
+    variables = Network(norm).init(jax.random.key(0), x)
+    leaves, treedef = jax.tree.flatten_with_path(variables)
+    drawn = []
+    for i, (path, leaf) in enumerate(leaves):
+        value = sample(leaf.shape, seed + i, 0.3, 0.5)
+        value = value**2 + 0.1 if path[-1].key == "var" else value
+        drawn.append(leaf if path[-1].key == "count" else value)
+    return Network(norm), jax.tree.unflatten(treedef, drawn)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("kind", [dict, flax.core.FrozenDict, "jax"], ids=["dict", "frozen", "jax"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_whole_trees(norm, kind, jitted):
+    x = sample((2, 9, 9, 3), 4)
+    module, variables = network(norm, x)
+    kind, given = (
+        (dict, jax.tree.map(jnp.asarray, variables)) if kind == "jax" else (kind, variables)
+    )
+    given = kind(given)
+    copy = jax.tree.map(np.array, given)
+
+    def fold(variables):
+        return jaxbn.fold_variables(variables, PAIRS, padding="VALID")
+
+    folded = (jax.jit(fold) if jitted else fold)(given)
+    assert type(folded) is kind
+    jax.tree.map(np.testing.assert_array_equal, given, copy)
+    y = Network(norm, folded=True).apply(folded, x)
+    assert_same(y, module.apply(variables, x))
+    shapes = jax.tree.map(jnp.shape, Network(norm, folded=True).init(jax.random.key(0), x))
+    assert jax.tree.map(jnp.shape, flax.core.unfreeze(folded)) == shapes
+    np.testing.assert_array_equal(
+        folded["params"]["block"]["untouched"]["kernel"],
+        variables["params"]["block"]["untouched"]["kernel"],
+    )
+
+
+@pytest.mark.usefixtures("x64")
+def test_pairs_as_a_mapping_and_the_rest_as_it_was():
+    _, variables = network("jaxbn.linen.BatchNorm2d", sample((2, 9, 9, 3), 4))
+    variables = {**variables, "other": {"x": np.ones(2)}}
+    folded = jaxbn.fold_variables(variables, dict(PAIRS[:2]))
+    assert {*folded["batch_stats"]["block"]} == {"norm_2", "before"}
+    assert {*variables["batch_stats"]["block"]} == {"norm", "norm_1", "norm_2", "before"}
+    assert folded["other"]["x"] is variables["other"]["x"]
+    assert folded["params"]["head"] is variables["params"]["head"]
+    assert jaxbn.fold_variables(variables, []) == variables
+    stepwise = jaxbn.fold_variables(folded, PAIRS[2:], padding="VALID")
+    at_once = jaxbn.fold_variables(variables, PAIRS, padding="VALID")
+    jax.tree.map(np.testing.assert_array_equal, stepwise, at_once)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("missing", [(), ("scale",), ("bias",), ("scale", "bias")])
+def test_whatever_the_batch_norm_has(missing):
+    mean, var, scale, bias = batch_norm(6)
+    affine = {k: v for k, v in (("scale", scale), ("bias", bias)) if k not in missing}
+    x, kernel = sample((5, 4), 4), kernel_of("IO", 4, 6)
+    params = {0: {"kernel": kernel}, 1: affine} if affine else {0: {"kernel": kernel}}
+    variables = {"params": params, "batch_stats": {1: {"mean": mean, "var": var}}}
+    folded = jaxbn.fold_variables(variables, [("0", "1")])  # keys that are ints, as NNX has them
+    assert {*folded} == {"params"}
+    assert {*folded["params"]} == {0}
+    layer = folded["params"][0]
+    expected = applied(x @ kernel, mean, var, affine.get("scale"), affine.get("bias"))
+    assert_same(x @ layer["kernel"] + layer["bias"], expected)
+
+
+@pytest.mark.usefixtures("x64")
+def test_batch_norms_on_both_sides_take_two_calls():
+    first, second, x = batch_norm(4), batch_norm(6, seed=20), sample((5, 4), 4)
+    kernel = kernel_of("IO", 4, 6)
+    names = ("mean", "var", "scale", "bias")
+    norms = {n: dict(zip(names, v, strict=True)) for n, v in (("a", first), ("c", second))}
+    variables = {
+        "params": {"b": {"kernel": kernel}}
+        | {n: {k: v[k] for k in names[2:]} for n, v in norms.items()},
+        "batch_stats": {n: {k: v[k] for k in names[:2]} for n, v in norms.items()},
+    }
+    folded = jaxbn.fold_variables(jaxbn.fold_variables(variables, [("a", "b")]), [("b", "c")])
+    layer = folded["params"]["b"]
+    expected = applied(applied(x, *first) @ kernel, *second)
+    assert_same(x @ layer["kernel"] + layer["bias"], expected)
+
+
+def test_constants_inside_of_jit_are_checked():
+    bad = tree(batch_stats={"norm": {"mean": np.zeros(4), "var": -np.ones(4)}})
+    with pytest.raises(ValueError, match="finite and not negative; got 4 of 4 values"):
+        jax.jit(lambda: jaxbn.fold_variables(bad, [("dense", "norm")]))()
+
+
+V4, V6 = np.ones(4, np.float32), np.ones(6, np.float32)
+KERNEL = np.ones((3, 3, 4, 6), np.float32)
+
+
+def tree(params=None, batch_stats=None):
+    """A convolution and a dense layer, and batch norms for either."""
+    return {
+        "params": {
+            "conv": {"kernel": KERNEL},
+            "dense": {"kernel": np.ones((6, 4), np.float32)},
+            "norm": {"scale": V4, "bias": V4},
+            "block_0": {"Conv_0": {"kernel": KERNEL}},
+            "other": {"scale": V4},
+        }
+        | (params or {}),
+        "batch_stats": {
+            "norm": {"mean": V4, "var": V4},
+            "norm_6": {"mean": V6, "var": V6},
+            "before": {"mean": V4, "var": V4},
+        }
+        | (batch_stats or {}),
+    }
+
+
+def fold_tree(*pairs, variables=None, **options):
+    return jaxbn.fold_variables(tree() if variables is None else variables, pairs, **options)
+
+
+CASES = {
+    "variables that are none": (
+        lambda: fold_tree(variables=[tree()]),
+        TypeError,
+        "`variables` must be a mapping of collections, as `model.init` returns it; got list.",
+    ),
+    "no batch_stats": (
+        lambda: fold_tree(variables={"params": {}}),
+        ValueError,
+        "`variables` must have the collections params and batch_stats, as `model.init` returns "
+        "them; got 'params'.",
+    ),
+    "unknown path": (
+        lambda: fold_tree(("block0/conv_0", "norm")),
+        ValueError,
+        "`pairs` must name linear layers, with a `kernel` in params, and batch norms, with `mean` "
+        "and `var` in batch_stats; got 'block0/conv_0', which is neither. The nearest paths are "
+        "'block_0/Conv_0', ",
+    ),
+    "layer without kernel": (
+        lambda: fold_tree(("other", "norm")),
+        ValueError,
+        "got 'other', which is neither.",
+    ),
+    "a block": (lambda: fold_tree(("block_0", "norm")), ValueError, "got 'block_0', which is n"),
+    "two batch norms": (
+        lambda: fold_tree(("norm", "norm_6")),
+        ValueError,
+        "Each of the `pairs` must have one linear layer, with a `kernel` in params, and one batch "
+        "norm, with `mean` and `var` in batch_stats; got no linear layer in ('norm', 'norm_6').",
+    ),
+    "no batch norm": (
+        lambda: fold_tree(("conv", "dense")),
+        ValueError,
+        "got no batch norm in ('conv', 'dense').",
+    ),
+    "used twice": (
+        lambda: fold_tree(("conv", "norm_6"), ("norm", "conv")),
+        ValueError,
+        "A layer may come once in `pairs`; 'conv' comes twice. Fold the batch norms before and "
+        "behind a layer in two calls; a layer that feeds two batch norms cannot take in either.",
+    ),
+    "one pair alone": (
+        lambda: jaxbn.fold_variables(tree(), ("conv", "norm_6")),
+        TypeError,
+        '`pairs` must hold pairs of paths, for example [("block_0/Conv_0", '
+        "\"block_0/BatchNorm_0\")]; got 'conv' in it.",
+    ),
+    "three of them": (lambda: fold_tree(("conv", "norm", "dense")), TypeError, "got ('conv', 'n"),
+    "no strings": (lambda: fold_tree((0, 1)), TypeError, "got (0, 1) in it."),
+    "other channels in a tree": (
+        lambda: fold_tree(("conv", "norm")),
+        ValueError,
+        "`mean` must have shape (6,), one number for each channel that leaves the linear layer; "
+        "got (4,) for kernel.shape=(3, 3, 4, 6)",
+    ),
+    "which pair it was": (
+        lambda: fold_tree(("conv", "norm")),
+        ValueError,
+        "This was to fold 'norm' into 'conv'.",
+    ),
+    "dense layer of other inputs": (
+        lambda: fold_tree(("before", "dense")),
+        ValueError,
+        "`mean` must have shape (6,), one number for each channel that enters the linear layer; "
+        "got (4,) for kernel.shape=(6, 4), layout='IO'. For a batch norm behind the layer pass",
+    ),
+    "no padding given in a tree": (
+        lambda: fold_tree(("before", "conv")),
+        ValueError,
+        "`padding` must be given where a batch norm comes before a convolution",
+    ),
+    "padding in a tree without need": (
+        lambda: fold_tree(
+            ("conv", "norm_6"),
+            ("norm_6x", "dense"),
+            padding="VALID",
+            variables=tree(batch_stats={"norm_6x": {"mean": V6, "var": V6}}),
+        ),
+        ValueError,
+        "`padding` makes a difference only where a batch norm comes before a convolution; got "
+        "padding='VALID' and no such pair. Leave it out.",
+    ),
+    "kernel of one axis": (
+        lambda: fold_tree(("before", "odd"), variables=tree({"odd": {"kernel": V4}})),
+        ValueError,
+        "`layout` must name each axis of `kernel` once",
+    ),
+    "negative variance": (
+        lambda: fold_tree(
+            ("dense", "n"),
+            variables=tree(batch_stats={"n": {"mean": V4, "var": jnp.array([1.0, -1e-7, 1, -1])}}),
+        ),
+        ValueError,
+        "The running variance must be finite and not negative; got 2 of 4 values that are not.",
+    ),
+    "NaN in the variance": (
+        lambda: fold_tree(
+            ("dense", "n"), variables=tree(batch_stats={"n": {"mean": V4, "var": V4 * np.nan}})
+        ),
+        ValueError,
+        "The running variance must be finite and not negative; got 4 of 4 values that are not.",
+    ),
+    "infinite mean": (
+        lambda: fold_tree(
+            ("dense", "n"), variables=tree(batch_stats={"n": {"mean": V4 * np.inf, "var": V4}})
+        ),
+        ValueError,
+        "The running mean must be finite; got 4 of 4 values that are not.",
+    ),
+    "no variance": (
+        lambda: fold_tree(
+            ("dense", "n"),
+            variables=tree(batch_stats={"n": {"mean": V4, "var": V4 - 1}}),
+            epsilon=0.0,
+        ),
+        ValueError,
+        "The folded kernel must be finite in float32; got 24 of 24 values that are not.",
+    ),
+    "beyond the range of float16": (
+        lambda: fold_tree(
+            ("half", "n"),
+            variables=tree(
+                {"half": {"kernel": np.full((2, 4), 300, np.float16)}},
+                {"n": {"mean": V4, "var": V4 * 0}},
+            ),
+        ),
+        ValueError,
+        "The folded kernel must be finite in float16; got 8 of 8 values that are not.",
+    ),
+    "bias beyond the range of float16": (
+        lambda: fold_tree(
+            ("half", "n"),
+            variables=tree(
+                {"half": {"kernel": np.ones((2, 4), np.float16)}},
+                {"n": {"mean": V4 * 1e4, "var": V4 * 0}},
+            ),
+        ),
+        ValueError,
+        "The folded bias must be finite in float16; got 4 of 4 values that are not.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(case):
+    call, kind, message = CASES[case]
+    with pytest.raises(kind, match=re.escape(message)):
+        call()

@@ -1,0 +1,191 @@
+"""Fused activation and residual: values and derivatives of the composition, and what is kept."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.numpy_reference import error, problem, sample, tolerance, train
+from scipy.special import erf
+
+import jaxbn
+from jaxbn import linen
+
+SHAPE = (16, 6, 5, 8)
+# As NumPy functions of float64, in the definitions of `jax.nn`.
+DEFINITIONS = {
+    "relu": lambda z: np.maximum(z, 0),
+    "leaky_relu": lambda z: np.where(z >= 0, z, 0.01 * z),
+    "silu": lambda z: z / (1 + np.exp(-z)),
+    "gelu": lambda z: z / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
+}
+CALLABLES = {
+    "exact gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "tanh": jnp.tanh,
+    "softmax over channels": lambda z: jax.nn.softmax(z, axis=-1),
+}
+ACTIVATIONS = {None: None, **{name: name for name in DEFINITIONS}, **CALLABLES}
+
+
+def unfused(activation, z):
+    if activation is None:
+        return z
+    return (getattr(jax.nn, activation) if isinstance(activation, str) else activation)(z)
+
+
+def operands(dtype=np.float64, shape=SHAPE):
+    x, scale, bias, dy = problem(shape, -1, dtype=dtype)
+    return (x, scale, bias, sample(shape, 9, 0.2, 1.0, dtype)), dy
+
+
+def in_mode(mode, x, scale, bias, **options):
+    if mode == "train":
+        return jaxbn.batch_normalize(x, scale, bias, **options)[0]
+    return jaxbn.normalize(x, bias + 3, jnp.abs(scale) + 1, scale, bias, **options)
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_values(name, with_residual):
+    (x, scale, bias, residual), dy = operands(np.float32)
+    z = train(x, scale, bias, dy, -1).y + (residual if with_residual else 0)
+    y, _ = jaxbn.batch_normalize(
+        x, scale, bias, activation=name, residual=residual if with_residual else None
+    )
+    assert error(y, DEFINITIONS[name](z)) <= tolerance(np.float32, x.size // 8)
+
+
+def test_the_exact_gelu_is_a_callable():
+    (x, scale, bias, _), dy = operands(np.float32)
+    z = train(x, scale, bias, dy, -1).y
+    y, _ = jaxbn.batch_normalize(x, scale, bias, activation=CALLABLES["exact gelu"])
+    assert error(y, z / 2 * (1 + erf(z / np.sqrt(2)))) <= tolerance(np.float32, x.size // 8)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_derivatives_are_those_of_the_composition(name, with_residual, mode):
+    arguments, dy = operands(shape=(6, 3))
+    activation = ACTIVATIONS[name]
+    tangents = tuple(sample(v.shape, 20 + i, 0.3, 1.0) for i, v in enumerate(arguments))
+
+    def fused(x, scale, bias, residual):
+        residual = residual if with_residual else None
+        return in_mode(mode, x, scale, bias, activation=activation, residual=residual)
+
+    def composed(x, scale, bias, residual):
+        z = in_mode(mode, x, scale, bias)
+        return unfused(activation, z + residual if with_residual else z)
+
+    def everything(function):
+        y, tangent = jax.jvp(function, arguments, tangents)
+        _, pullback = jax.vjp(function, *arguments)
+        hessian = jax.hessian(lambda *a: (jnp.sin(function(*a)) * dy).sum(), (0, 1, 2, 3))
+        return y, tangent, pullback(dy), jax.jit(hessian)(*arguments)
+
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, 1e-9, 1e-9),
+        everything(fused),
+        everything(composed),
+    )
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_low_precision_is_the_float32_result_rounded_once(name, dtype):
+    (x, scale, bias, residual), _ = operands(np.float32)
+    low_x, low_residual = jnp.asarray(x, dtype), jnp.asarray(residual, dtype)
+    activation = ACTIVATIONS[name]
+    for mode in ("train", "inference"):
+        y = in_mode(mode, low_x, scale, bias, activation=activation, residual=low_residual)
+        wide = in_mode(
+            mode,
+            low_x.astype(jnp.float32),
+            scale,
+            bias,
+            activation=activation,
+            residual=low_residual.astype(jnp.float32),
+        )
+        np.testing.assert_array_equal(y, wide.astype(dtype))
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_an_activation_may_have_parameters(mode):
+    (x, scale, bias, _), dy = operands(np.float32)
+
+    def loss(slope, fused):
+        def prelu(z):
+            return jnp.where(z > 0, z, slope * z)
+
+        activation = prelu if fused else None
+        y = in_mode(mode, x, scale, bias, activation=activation)
+        return ((y if fused else prelu(y)) * dy).sum()
+
+    slopes = jnp.linspace(0.1, 0.8, 8)
+    actual, expected = (jax.grad(functools.partial(loss, fused=fused)) for fused in (True, False))
+    assert error(actual(slopes), expected(slopes)) <= 1e-5
+    several = jnp.stack([slopes, 2 * slopes])
+    assert error(jax.jit(jax.vmap(actual))(several), jax.vmap(expected)(several)) <= 1e-5
+    forward = jax.vmap(functools.partial(loss, fused=True))(several)
+    assert error(forward, jax.vmap(functools.partial(loss, fused=False))(several)) <= 1e-5
+
+
+def large_arrays_kept(function, *arguments):
+    """Sizes of the arrays beyond vectors that the backward pass keeps, one entry each."""
+    _, pullback = jax.vjp(function, *arguments)
+    buffers = {leaf.unsafe_buffer_pointer(): leaf for leaf in jax.tree.leaves(pullback)}
+    return sorted(leaf.nbytes for leaf in buffers.values() if leaf.size > 64)
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "silu", "gelu", "tanh"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_the_backward_pass_keeps_nothing_wider_than_the_input(mode, with_residual, name):
+    (x, scale, bias, residual), _ = operands(np.float32)
+    x, residual = jnp.asarray(x, jnp.bfloat16), jnp.asarray(residual, jnp.bfloat16)
+
+    def function(x, scale, bias, residual):
+        residual = residual if with_residual else None
+        options = {"activation": ACTIVATIONS[name], "residual": residual}
+        return in_mode(mode, x, scale, bias, **options)
+
+    # `x`, and with a residual either that or the output.
+    assert large_arrays_kept(function, x, scale, bias, residual) == [x.nbytes] * (1 + with_residual)
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu"])
+def test_with_a_residual_the_output_is_kept_rather_than_the_residual(name):
+    (x, scale, bias, residual), _ = operands(np.float32)
+
+    def function(x, scale, bias, residual):
+        return in_mode("train", x, scale, bias, activation=name, residual=residual)
+
+    y, pullback = jax.vjp(function, x, scale, bias, jnp.asarray(residual))
+    kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape == SHAPE]
+    assert any(np.array_equal(leaf, y) for leaf in kept)
+    assert not any(np.array_equal(leaf, residual) for leaf in kept)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        linen.BatchNorm(activation="gelu"),
+        linen.BatchNorm2d(8, axis=-1, activation="gelu"),
+        linen.BatchNorm2d(8, axis=-1, activation="gelu", track_running_stats=False),
+    ],
+    ids=["BatchNorm", "BatchNorm2d", "no statistics"],
+)
+@pytest.mark.parametrize("inference", [False, True])
+def test_layers(module, inference):
+    (x, _, _, residual), _ = operands(np.float32)
+    variables = module.init(jax.random.key(0), x, False, residual=residual)
+    y, updates = module.apply(variables, x, inference, residual=residual, mutable=["batch_stats"])
+    plain = module.clone(activation=None)
+    z, plain_updates = plain.apply(variables, x, inference, mutable=["batch_stats"])
+    np.testing.assert_allclose(y, nn.gelu(z + residual), rtol=1e-5, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, updates, plain_updates)

@@ -1,0 +1,305 @@
+"""Masks: what they leave out reaches no value and no derivative, and what is left is exact."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.numpy_reference import error, masked_train, problem, running, sample, tolerance, train
+
+import jaxbn
+from jaxbn import linen
+
+SHAPE = (8, 5, 6, 4)
+# The shapes of masks, all of which broadcast against `SHAPE`.
+EXTENTS = {
+    "one value per sample": (8, 1, 1, 1),
+    "one value per position": (8, 5, 6, 1),
+    "one value per position, the same in all samples": (5, 6, 1),
+    "one value per element": (8, 5, 6, 4),
+    "one value per sample and channel": (8, 1, 1, 4),
+}
+FILLINGS = [np.nan, np.inf, -np.inf, 3e38]
+
+
+def random_mask(shape, seed=5):
+    """About two thirds True."""
+    return np.random.RandomState(seed).random_sample(shape) > 0.35
+
+
+def filled(x, mask, value):
+    return np.where(mask, x, np.asarray(value, x.dtype))
+
+
+def derivatives(x, scale, bias, dy, mask, residual=None, **options):
+    """Output, moments, and gradients with respect to `x`, `scale`, `bias` and the residual."""
+
+    def function(x, scale, bias, residual):
+        return jaxbn.batch_normalize(x, scale, bias, mask=mask, residual=residual, **options)
+
+    y, pullback, moments = jax.vjp(function, x, scale, bias, residual, has_aux=True)
+    return y, moments, *pullback(dy)
+
+
+def assert_as_expected(actual, expected, limit):
+    y, moments, dx, dscale, dbias, _ = actual
+    np.testing.assert_array_equal(moments.count, expected.count)
+    for value, name in [
+        (moments.mean, "mean"),
+        (moments.var, "var"),
+        (y, "y"),
+        (dx, "dx"),
+        (dscale, "dscale"),
+        (dbias, "dbias"),
+    ]:
+        assert error(value, getattr(expected, name)) <= limit, name
+
+
+@pytest.mark.parametrize("value", [0.0, *FILLINGS])
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_equals_the_values_that_count_alone(extent, value):
+    x, scale, bias, dy = problem(SHAPE, -1, mean=50.0)
+    mask = random_mask(EXTENTS[extent])
+    expected = masked_train(x, scale, bias, dy, -1, mask)
+    actual = derivatives(filled(x, mask, value), scale, bias, dy, mask)
+    assert_as_expected(actual, expected, tolerance(np.float32, expected.count.max()))
+    left_out = ~np.broadcast_to(mask, SHAPE)
+    assert (np.asarray(actual[0])[left_out] == 0).all()
+    assert (np.asarray(actual[2])[left_out] == 0).all()
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_every_channel_axis_in_float64(axis):
+    x, scale, bias, dy = problem(SHAPE, axis, dtype=np.float64, mean=50.0)
+    for shape in (SHAPE, [n if i == axis else 1 for i, n in enumerate(SHAPE)], SHAPE[2:]):
+        mask = random_mask(shape)
+        expected = masked_train(x, scale, bias, dy, axis, mask)
+        actual = derivatives(filled(x, mask, np.nan), scale, bias, dy, mask, axis=axis)
+        assert_as_expected(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((64, 24, 24, 8), -1), ((64, 8, 24, 24), 1)])
+def test_large_batches_under_a_large_mean(shape, axis):
+    # Summed by the compiler; the values that count may all lie in a corner, or out of one.
+    x, scale, bias, dy = problem(shape, axis, mean=1e5)
+    for kept in (slice(0, 3), slice(40, None)):
+        mask = np.zeros((64, 1, 1, 1), bool)
+        mask[kept] = True
+        expected = train(x[kept], scale, bias, dy[kept], axis)
+        y, moments, dx, dscale, dbias, _ = derivatives(
+            filled(x, mask, np.nan), scale, bias, dy, mask, axis=axis
+        )
+        assert error(y[kept], expected.y) <= 1e-6
+        np.testing.assert_allclose(moments.var, expected.var, rtol=2e-6)
+        assert error(dx[kept], expected.dx) <= 1e-6
+        assert error(dbias, expected.dbias) <= 1e-6
+        assert error(dscale, expected.dscale) <= 2e-6
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "gelu", jnp.tanh])
+@pytest.mark.parametrize("value", FILLINGS)
+def test_padding_touches_nothing(value, activation):
+    x, scale, bias, dy = problem(SHAPE, -1)
+    residual, mask = (
+        sample(SHAPE, 9, dtype=np.float32),
+        random_mask(EXTENTS["one value per position"]),
+    )
+    options = {"activation": activation}
+    expected = derivatives(x, scale, bias, dy, mask, residual, **options)
+    padded = derivatives(
+        filled(x, mask, value),
+        scale,
+        bias,
+        filled(dy, mask, value),
+        mask,
+        filled(residual, mask, value),
+        **options,
+    )
+    jax.tree.map(np.testing.assert_array_equal, padded, expected)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(padded))
+
+
+@pytest.mark.parametrize("value", FILLINGS)
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_padding_touches_no_second_derivative_and_no_tangent(mode, value):
+    x, scale, bias, dy = problem((4, 3, 2), -1)
+    residual, mask = sample(x.shape, 9, dtype=np.float32), random_mask((4, 3, 1))
+    stats = jaxbn.BatchStats(bias + 3, np.abs(scale) + 1, jnp.int32(0))
+
+    def loss(x, scale, bias, residual):
+        y, _ = jaxbn.batch_norm(
+            x,
+            stats,
+            scale,
+            bias,
+            train=mode == "train",
+            mask=mask,
+            activation="silu",
+            residual=residual,
+        )
+        return (jnp.sin(y) * jnp.where(mask, dy, 0)).sum()
+
+    def everything(x, residual, tangent):
+        arguments = x, scale, bias, residual
+        tangents = tangent, scale, bias, tangent
+        hessian = jax.jit(jax.hessian(loss, (0, 1, 2, 3)))(*arguments)
+        return jax.jvp(loss, arguments, tangents), hessian
+
+    tangent = sample(x.shape, 10, dtype=np.float32)
+    expected = everything(x, residual, tangent)
+    padded = everything(*(filled(v, mask, value) for v in (x, residual, tangent)))
+    jax.tree.map(np.testing.assert_array_equal, padded, expected)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(padded))
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_padding_makes_no_nan_that_debug_nans_would_find(mode):
+    x, scale, bias, dy = problem((4, 3, 2), -1)
+    mask = random_mask((4, 3, 1))
+    stats = jaxbn.BatchStats(bias + 3, np.abs(scale) + 1, jnp.int32(0))
+
+    @jax.jit
+    def step(x, scale, bias):
+        y, new = jaxbn.batch_norm(
+            x, stats, scale, bias, train=mode == "train", mask=mask, activation="silu", residual=x
+        )
+        return (y * dy).sum(), (y, new)
+
+    with jax.debug_nans(True):
+        padded = filled(x, mask, np.nan)
+        results = jax.value_and_grad(step, (0, 1, 2), has_aux=True)(padded, scale, bias)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
+
+
+def test_a_padded_batch_is_the_batch():
+    x, scale, bias, dy = problem((6, 5, 4), -1, mean=50.0)
+    padded_x, padded_dy = (
+        np.concatenate([v, np.full((3, 5, 4), np.nan, np.float32)]) for v in (x, dy)
+    )
+    mask = np.arange(9).reshape(9, 1, 1) < 6
+    stats = jaxbn.init_batch_stats(4)
+
+    def function(x, mask):
+        return lambda x, scale, bias: jaxbn.batch_norm(
+            x, stats, scale, bias, train=True, mask=mask, activation="relu"
+        )
+
+    y, pullback, new = jax.vjp(function(x, None), x, scale, bias, has_aux=True)
+    expected = y, new, pullback(dy)
+    y, pullback, new = jax.vjp(function(x, mask), padded_x, scale, bias, has_aux=True)
+    dx, dscale, dbias = pullback(padded_dy)
+    actual = y[:6], new, (dx[:6], dscale, dbias)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 2e-6, 2e-6), actual, expected)
+    assert (y[6:] == 0).all()
+
+
+def test_bessels_correction_counts_what_counts():
+    x, mask = sample((6, 3), 0, dtype=np.float32), random_mask((6, 3), 2)
+    counts = mask.sum(0)
+    assert len(set(counts)) > 1
+    expected = masked_train(x, np.ones(3), np.zeros(3), x, 1, mask)
+    stats = jaxbn.init_batch_stats(3)
+    _, stats = jaxbn.batch_norm(x, stats, train=True, mask=mask, momentum=0.3)
+    mean, var = running(np.zeros(3), np.ones(3), expected.mean, expected.var, counts, 0.3)
+    np.testing.assert_allclose(stats.mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(stats.var, var, rtol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_nothing_counts_in_a_channel_or_at_all(momentum):
+    x, scale, bias, dy = problem((6, 3), 1)
+    old = jaxbn.BatchStats(bias + 2, np.abs(scale) + 1, jnp.int32(4))
+    for empty in ([1], [0, 1, 2]):
+        mask = np.ones((6, 3), bool)
+        mask[:, empty] = False
+
+        def function(x, mask=mask):
+            return jaxbn.batch_norm(
+                x, old, scale, bias, train=True, mask=mask, momentum=momentum, activation="gelu"
+            )
+
+        y, pullback, stats = jax.vjp(function, filled(x, mask, np.nan), has_aux=True)
+        (dx,) = pullback(dy)
+        assert np.isfinite(y).all()
+        assert np.isfinite(dx).all()
+        np.testing.assert_array_equal(y[:, empty], 0)
+        np.testing.assert_array_equal(dx[:, empty], 0)
+        np.testing.assert_array_equal(stats.mean[jnp.array(empty)], old.mean[empty])
+        np.testing.assert_array_equal(stats.var[jnp.array(empty)], old.var[empty])
+        full = [c for c in range(3) if c not in empty]
+        assert (np.asarray(stats.mean)[full] != np.asarray(old.mean)[full]).all()
+        assert stats.count == 5
+
+
+def test_one_value_that_counts_gives_the_bias_and_keeps_the_variance():
+    x, scale, bias, _ = problem((6, 3), 1)
+    mask = np.arange(6).reshape(6, 1) == 2
+    old = jaxbn.init_batch_stats(3)
+    y, stats = jaxbn.batch_norm(x, old, scale, bias, train=True, mask=mask, momentum=0.5)
+    np.testing.assert_allclose(y[2], bias, rtol=1e-6)
+    np.testing.assert_allclose(stats.mean, x[2] / 2, rtol=1e-6)
+    np.testing.assert_array_equal(stats.var, old.var)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int32", "uint8", "float32", "bfloat16"])
+def test_zeros_and_ones_in_any_dtype(dtype):
+    x = sample((6, 4, 3), 0, dtype=np.float32)
+    mask = random_mask((6, 4, 1))
+    expected = jaxbn.batch_normalize(x, mask=mask)
+    given = jnp.asarray(mask, dtype)
+    for actual in (
+        jaxbn.batch_normalize(x, mask=given),
+        jax.jit(lambda mask: jaxbn.batch_normalize(x, mask=mask))(given),
+    ):
+        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-6, 1e-6), actual, expected)
+
+
+@pytest.mark.parametrize("value", [2.0, 0.5, -1.0, np.nan])
+def test_a_traced_mask_of_other_numbers_shows(value):
+    x = sample((6, 3), 0, dtype=np.float32)
+    mask = jnp.ones((6, 3)).at[4, 1].set(value)
+    y, moments = jax.jit(lambda mask: jaxbn.batch_normalize(x, mask=mask))(mask)
+    assert np.isnan(moments.mean[1])
+    assert np.isnan(y[:, 1]).all()
+    assert np.isfinite(y[:, jnp.array([0, 2])]).all()
+    y = jax.jit(lambda mask: jaxbn.normalize(x, x[0], x[1] ** 2, mask=mask))(mask)
+    assert np.isnan(y[4, 1])
+
+
+def test_inference_takes_the_mask_too():
+    x, scale, bias, _ = problem((6, 4, 3), -1)
+    mask = random_mask((6, 1, 1))
+    stats = jaxbn.BatchStats(bias + 2, np.abs(scale) + 1, jnp.int32(0))
+    plain, _ = jaxbn.batch_norm(x, stats, scale, bias, train=False)
+    for padded in (x, filled(x, mask, np.nan)):
+        y, new = jaxbn.batch_norm(padded, stats, scale, bias, train=False, mask=mask)
+        np.testing.assert_array_equal(y, np.where(mask, plain, 0))
+        assert new is stats or jax.tree.all(jax.tree.map(np.array_equal, new, stats))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        linen.BatchNorm(momentum=0.7),
+        linen.BatchNorm2d(4, axis=-1, momentum=0.3),
+        linen.BatchNorm2d(4, axis=-1, momentum=0.3, track_running_stats=False),
+    ],
+    ids=["BatchNorm", "BatchNorm2d", "no statistics"],
+)
+def test_layers(module):
+    x, mask = sample(SHAPE, 0, dtype=np.float32), random_mask(EXTENTS["one value per position"])
+    padded = filled(x, mask, np.nan)
+    variables = module.init(jax.random.key(0), padded, False, mask=mask)
+    y, updates = module.apply(variables, padded, False, mask=mask, mutable=["batch_stats"])
+    expected = masked_train(x, np.ones(4), np.zeros(4), x, -1, mask)
+    assert error(y, expected.y) <= 1e-6
+    if updates:
+        unbiased = isinstance(module, linen.BatchNorm2d)
+        mean, var = running(
+            np.zeros(4), np.ones(4), expected.mean, expected.var, expected.count, 0.3, unbiased
+        )
+        np.testing.assert_allclose(updates["batch_stats"]["mean"], mean, rtol=1e-5)
+        np.testing.assert_allclose(updates["batch_stats"]["var"], var, rtol=1e-5)
+    y = module.apply(variables, padded, True, mask=mask)
+    assert np.isfinite(y).all()
+    assert (np.asarray(y)[~np.broadcast_to(mask, SHAPE)] == 0).all()

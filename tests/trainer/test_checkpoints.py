@@ -1,0 +1,310 @@
+"""Interrupted training goes on bit for bit; a checkpoint is whole, or an error says what it is."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import checkpoints
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import train_cnn
+from checkpoints import CheckpointError, Checkpoints
+from helpers import training
+from steps import Recipe, State
+
+TRAINING = training.__file__
+PATIENCE = 300  # seconds, on a machine that does other things too
+KILLS = 20
+
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """The flags for a data set that the batches do not divide."""
+    return ["--data", str(training.save_images(tmp_path)), "--batch-size", "26"]
+
+
+def told(folder):
+    """The metrics of a run, but for the times, which no two runs have in common."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    times = ("seconds", "waited")
+    return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
+
+
+class Interrupted(BaseException):
+    """Stands for Ctrl-C at a chosen moment."""
+
+
+WAYS = {
+    "default": ("float32", []),
+    "ghost, with a loop": ("bfloat16", ["--norm", "ghost", "--steps-per-call", "2"]),
+    "streamed": ("float32", ["--stream", "--flip", "--norm", "flax"]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_resumed_bit_for_bit(way, images, tmp_path, monkeypatch, capsys):
+    dtype, others = WAYS[way]
+    flags = [*images, "--epochs", "3", "--save-every", "3", *others]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = training.keep(monkeypatch.setattr, dtype)
+    assert train_cnn.main([*flags, "--output", str(whole)]) == 0
+    expected = dict(result)
+
+    save, saved = Checkpoints.save, []
+
+    def stop_after_two(self, step, *arguments):
+        save(self, step, *arguments)
+        saved.append(step)
+        if len(saved) % 2 == 0:
+            raise Interrupted
+
+    monkeypatch.setattr(Checkpoints, "save", stop_after_two)
+    for _ in range(3):
+        with pytest.raises(Interrupted):
+            train_cnn.main([*flags, "--output", str(parts), "--resume"])
+    assert saved == [3, 4, 7, 8, 11, 12]
+    capsys.readouterr()
+    result.clear()
+    assert train_cnn.main(["--output", str(parts), "--resume"]) == 0
+    assert "goes on after step 12" in capsys.readouterr().out
+    assert result.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(result[name], value, name)
+    assert told(parts) == told(whole)
+    assert len(told(whole)) == 12 + 3
+
+
+def start(folder, *flags):
+    """A trainer on one device, which goes on with what is in the folder."""
+    flags = [*flags, "--output", folder / "run", "--resume", "--save-every", "1"]
+    environment = os.environ | {
+        "XLA_FLAGS": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+        arguments = [sys.executable, TRAINING, folder / "result.npz", "float32", *flags]
+        return subprocess.Popen(arguments, env=environment, stdout=out, stderr=err)
+
+
+def newest(folder):
+    """The step of the newest checkpoint, and whether there are others that are not whole."""
+    if not folder.exists():
+        return 0, False
+    names = [entry.name for entry in folder.iterdir()]
+    whole = [int(name) for name in names if name.isdigit()]
+    return max(whole, default=0), len(whole) < len(names)
+
+
+def test_killed_at_any_moment(images, tmp_path):
+    """Twenty SIGKILLs, most of them in the writing of a checkpoint; nothing is lost in the end."""
+    flags = [*images, "--epochs", "120"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert start(whole, *flags).wait(PATIENCE) == 0, (whole / "err").read_text()
+
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")  # shown where the test fails
+    delays = random.Random(seed)
+    reached, torn = [0], 0
+    folder = killed / "run" / "checkpoints"
+    for i in range(KILLS):
+        process = start(killed, *flags)
+        deadline = time.monotonic() + PATIENCE
+        early = i % 4 == 3
+        while not early and process.poll() is None and newest(folder)[0] == reached[-1]:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(delays.uniform(0, 4 if early else 0.3))  # early: most likely before a step
+        assert process.poll() is None, (killed / "err").read_text()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        step, cut_off = newest(folder)
+        reached.append(step)
+        torn += cut_off
+    assert reached == sorted(reached)
+    assert 15 <= reached[-1] < 480
+    assert torn > 0  # a write was cut off
+    assert start(killed, *flags).wait(PATIENCE) == 0, (killed / "err").read_text()
+    assert told(killed / "run") == told(whole / "run")
+    expected, result = (dict(np.load(folder / "result.npz")) for folder in (whole, killed))
+    for name, value in expected.items():
+        np.testing.assert_array_equal(result[name], value, name)
+
+
+def test_a_full_disk(images, tmp_path):
+    """Files may not grow over one block, which is as if there were no room for them."""
+    flags = [*images, "--epochs", "2", "--output", tmp_path / "run"]
+    command = [sys.executable, TRAINING, tmp_path / "result.npz", "float32", *flags]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.run(
+        ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert process.returncode == 1
+    (reason,) = [line for line in process.stderr.splitlines() if line.startswith("train_cnn")]
+    place = f"train_cnn.py: error: {tmp_path / 'run' / 'checkpoints'}"
+    assert reason.startswith(f"{place}: the checkpoint of step 4 cannot be written, there is none:")
+    assert "too large" in reason
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.skipif(not pathlib.Path("/sys/kernel").is_dir(), reason="a folder nobody writes in")
+def test_a_folder_that_cannot_be_written_in(images, capsys):
+    assert train_cnn.main([*images, "--output", "/sys/kernel"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("train_cnn.py: error: /sys/kernel/checkpoints: ")
+    assert "ermi" in error  # permission denied, or not permitted
+    assert error.count("\n") == 1
+
+
+STATE = {"variables": {"a": np.arange(6.0, dtype=np.float32)}, "key": np.array([1, 2], np.uint32)}
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    state = State(STATE["variables"], Recipe(1, 2), STATE["key"])._asdict()
+    run = {"step": 3, "sums": [0.1, 1e-17, 7], "history": [{"loss": 1 / 3}]}
+    for step in (1, 2, 3):
+        Checkpoints(tmp_path).save(step, state, run)
+    read = Checkpoints(tmp_path, write=False)
+    assert read.steps == [2, 3]  # the newest and the one before
+    saved = read.load(state)
+    assert saved.run | run == saved.run
+    assert jax.tree.structure(saved.state) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, saved.state, state)
+    as_dicts = read.load().state
+    np.testing.assert_array_equal(as_dicts["variables"]["a"], STATE["variables"]["a"])
+
+
+def message(function, *arguments):
+    with pytest.raises(CheckpointError) as raised:
+        function(*arguments)
+    return str(raised.value)
+
+
+def test_older_and_foreign_checkpoints(tmp_path, monkeypatch):
+    assert "no checkpoint in it" in message(Checkpoints(tmp_path / "empty").load)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "FORMAT", 0)
+        Checkpoints(tmp_path / "old").save(1, STATE, {})
+    error = message(Checkpoints(tmp_path / "old").load)
+    assert error.startswith(f"{tmp_path / 'old' / '1'}: written in format 0 by another version")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "PROGRAM", "other.py")
+        Checkpoints(tmp_path / "other").save(1, STATE, {})
+    assert "not a checkpoint of train_cnn.py" in message(Checkpoints(tmp_path / "other").load)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "foreign" / "1", STATE)
+    assert "not a checkpoint of train_cnn.py" in message(Checkpoints(tmp_path / "foreign").load)
+    (tmp_path / "file").write_text("no folder")
+    assert str(tmp_path / "file") in message(Checkpoints, tmp_path / "file")
+    (tmp_path / "made" / "1").mkdir(parents=True)
+    assert "not a checkpoint of train_cnn.py" in message(Checkpoints(tmp_path / "made").load)
+
+
+# Where a read fails TensorStore may still answer Orbax's event loop when that is closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_broken_checkpoints_are_refused(tmp_path):
+    """Each file cut, emptied, changed or removed: an error, or nothing of the content is lost."""
+    folder = tmp_path / "1"
+    Checkpoints(tmp_path).save(1, STATE, {"step": 1})
+    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    refused = 0
+    for path, content in whole.items():
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        for broken in (content[:middle], b"", flipped, None):
+            path.unlink() if broken is None else path.write_bytes(broken)
+            try:
+                saved = Checkpoints(tmp_path, write=False).load(STATE)
+            except CheckpointError:
+                refused += 1
+            else:
+                jax.tree.map(np.testing.assert_array_equal, saved.state, STATE)
+                assert saved.run["step"] == 1
+            path.write_bytes(content)
+    assert refused >= 8  # the arrays and the JSON at least, in each of four ways
+
+
+def test_arrays_of_another_checkpoint_are_refused(tmp_path):
+    other = {**STATE, "key": np.array([1, 3], np.uint32)}
+    for name, state in (("a", STATE), ("b", other)):
+        Checkpoints(tmp_path / name).save(1, state, {})
+    (tmp_path / "a" / "1" / "state").rename(tmp_path / "moved")
+    (tmp_path / "b" / "1" / "state").rename(tmp_path / "a" / "1" / "state")
+    assert "not those that were written" in message(Checkpoints(tmp_path / "a").load)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_broken_checkpoint_leaves_the_one_before(images, tmp_path, monkeypatch, capsys):
+    training.keep(monkeypatch.setattr)
+    flags = ["--output", str(tmp_path), "--resume"]
+    assert train_cnn.main([*images, *flags, "--epochs", "3"]) == 0
+    broken = tmp_path / "checkpoints" / "12"
+    for path in broken.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    assert train_cnn.main(flags) == 1
+    error = capsys.readouterr().err
+    assert str(broken) in error
+    assert "remove it to go on from step 8" in error
+    for path in sorted(broken.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    broken.rmdir()
+    assert train_cnn.main(flags) == 0
+    assert "goes on after step 8" in capsys.readouterr().out
+
+
+def test_a_run_is_neither_overwritten_nor_mixed(images, tmp_path, monkeypatch, capsys):
+    training.keep(monkeypatch.setattr)
+    flags = ["--output", str(tmp_path)]
+    assert train_cnn.main([*images, *flags, "--epochs", "1", "--resume"]) == 0
+    assert "nothing to resume yet" in capsys.readouterr().out
+    assert train_cnn.main([*images, *flags]) == 1
+    assert "holds a run already; go on with it by --resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_cnn.main([*flags, "--resume", "--seed", "3"])
+    assert "--seed is 0 in the run to be resumed; got 3" in capsys.readouterr().err
+    other = dict(np.load(images[1]))
+    other["x_train"][0, 0, 0] += 1
+    np.savez(images[1], **other)
+    assert train_cnn.main([*flags, "--resume"]) == 1
+    assert "was trained on other images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", [False, True])
+def test_an_interruption_is_one_line(output, images, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_cnn, "run", interrupted)
+    flags = ["--output", str(tmp_path)] if output else []
+    assert train_cnn.main([*images, *flags]) == 1
+    fix = "; go on with --resume" if output else ""
+    assert capsys.readouterr().err == f"train_cnn.py: error: interrupted{fix}\n"
+
+
+def test_lines_that_were_cut_off_are_dropped(images, tmp_path, monkeypatch):
+    training.keep(monkeypatch.setattr)
+    flags = [*images, "--output", str(tmp_path), "--epochs", "1"]
+    assert train_cnn.main(flags) == 0
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_text()
+    path.write_text(before + '{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    assert train_cnn.main(["--output", str(tmp_path), "--resume"]) == 0
+    assert path.read_text() == before
