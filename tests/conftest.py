@@ -8,19 +8,23 @@ workers and runs. XLA also leaves out most of its optimization, except in tests 
 import os
 import pathlib
 
-ROOT = pathlib.Path(__file__).parents[1]
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-# In the environment, so that the processes that tests start have the cache too.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
 import jax
 import pytest
 from jax._src import compiler
 
+CACHE = {
+    "jax_compilation_cache_dir": str(pathlib.Path(__file__).parents[1] / ".jax_cache"),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for name, default in CACHE.items():
+    # In the environment too, for the processes that tests start.
+    os.environ[name.upper()] = value = os.environ.get(name.upper(), str(default))
+    jax.config.update(name, type(default)(value))
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 FAST = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
