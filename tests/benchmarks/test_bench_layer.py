@@ -33,7 +33,11 @@ LIMITS = {"float32": 2e-6, "bfloat16": 2.0**-7}
 IN_HALF = LIMITS | {"bfloat16": 2.0**-5}
 
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.optimized,
+    pytest.mark.usefixtures("standard_promotion"),
+]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)

@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 import small_layers
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.optimized,
+    pytest.mark.usefixtures("standard_promotion"),
+]
 
 
 def rows_of(path):

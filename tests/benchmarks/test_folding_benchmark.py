@@ -4,8 +4,11 @@ import folding
 import jax
 import mobilenet
 import numpy as np
+import pytest
 
 import jaxbn
+
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 
 def test_a_folded_network_gives_the_same_with_fewer_kernels():

@@ -9,6 +9,8 @@ import traffic
 from jax.sharding import SingleDeviceSharding
 from libraries import LIBRARIES
 
+pytestmark = pytest.mark.optimized
+
 # Bytes per element: two passes forward and two backward are 16, 16 and 22 in bfloat16.
 LIMITS = {
     ("BN", "bfloat16"): (16.3, 2.01),
@@ -56,6 +58,7 @@ def test_the_counter_refuses_loops():
         hlo.cost(MODULE.replace("multiply(", "while("))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not h100.available(), reason="needs the package jax-cuda13-plugin")
 @pytest.mark.parametrize("layout", traffic.SHAPES)
 @pytest.mark.parametrize(("case", "dtype"), LIMITS)

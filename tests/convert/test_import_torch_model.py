@@ -1,5 +1,6 @@
 """The example that imports a network from torch, trains it further and exports it again."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import re
@@ -12,6 +13,8 @@ import numpy as np
 import pretrained
 import pytest
 
+import jaxbn
+
 
 def installed():
     try:
@@ -23,9 +26,8 @@ def installed():
 needs_weights = pytest.mark.skipif(
     not installed(), reason=f"the weights are in a package: {pretrained.INSTALL}"
 )
-
-
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+# Real networks run faster as XLA optimizes them, and where they are trained only so for sure.
+pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("standard_promotion")]
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +36,22 @@ def weights():
 
 
 @pytest.fixture(scope="module")
+def variables(weights):
+    """The weights as variables, which are NumPy arrays and do not depend on the images."""
+    return example.imported(weights, np.zeros((1, 32, 32, 3), np.float32))
+
+
+@pytest.fixture(scope="module")
 def pictures():
     return pretrained.pictures()[0]
 
 
-def wide(state_dict):
-    return {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in state_dict.items()}
+def wide(tree):
+    return jax.tree.map(lambda v: v.astype(np.float64) if v.dtype == np.float32 else v, tree)
 
 
 def gap(a, b):
+    assert np.shape(a) == np.shape(b)
     return np.abs(np.asarray(a, np.float64) - b).max()
 
 
@@ -65,49 +74,72 @@ def random_weights(seed=0):
     return state_dict
 
 
-def test_the_names_cover_the_network():
-    state_dict = random_weights()
-    assert len(state_dict) == 312
-    assert sum(v.size for k, v in state_dict.items() if "running" not in k and v.ndim) == 2_223_872
-    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in state_dict))
+@pytest.fixture(scope="module")
+def whole():
+    """Random weights of the whole network."""
+    return random_weights()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Random weights of its first blocks, which have an expansion, a stride and a residual."""
+    monkeypatch.setattr(mobilenet, "STAGES", mobilenet.STAGES[:2])
+    fold = functools.partial(jaxbn.fold_variables, pairs=mobilenet.conv_norm_pairs())
+    monkeypatch.setattr(example, "fold", jax.jit(fold))
+    return random_weights()
+
+
+def test_the_names_cover_the_network(whole):
+    assert len(whole) == 312
+    assert sum(v.size for k, v in whole.items() if "running" not in k and v.ndim) == 2_223_872
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in whole))
     assert modules == list(mobilenet.names())
     assert modules[:4] == ["features.0.0", "features.0.1", "features.1.conv.0", "features.1.conv.1"]
     assert modules[-3:] == ["features.17.conv.7", "features.18.0", "features.18.1"]
-    assert state_dict["features.2.conv.3.weight"].shape == (96, 1, 3, 3)
+    assert whole["features.2.conv.3.weight"].shape == (96, 1, 3, 3)
     assert len(mobilenet.conv_norm_pairs()) == 52
 
 
-@pytest.mark.parametrize("size", [32, 75, 224])
-def test_shapes_of_the_network_and_of_the_folded_one(size):
-    images = jax.ShapeDtypeStruct((3, size, size, 3), np.float32)
+def test_variables_of_the_folded_network():
+    images = jax.ShapeDtypeStruct((3, 32, 75, 3), np.float32)
     variables = jax.eval_shape(example.MODEL.init, jax.random.key(0), images)
     folded = jax.eval_shape(example.fold, variables)
     expected = jax.eval_shape(mobilenet.MobileNetV2(True).init, jax.random.key(0), images)
     assert folded == expected
-    assert jax.eval_shape(example.features, variables, images).shape == (3, 1280)
-    assert jax.eval_shape(example.folded_features, folded, images).shape == (3, 1280)
 
 
-IMAGES = np.random.RandomState(1).normal(0.5, 2, (2, 50, 33, 3))
+# Some strides meet even sizes, and some odd ones.
+IMAGES = np.random.RandomState(1).normal(0.5, 2, (2, 36, 21, 3))
 
 
-def test_folded_or_not_in_float64(x64):
-    variables = example.imported(random_weights(), IMAGES)
-    features = example.features(variables, IMAGES)
-    assert features.std() > 0.1
-    assert gap(example.folded_features(example.fold(variables), IMAGES), features) <= 1e-12
+@pytest.fixture(scope="module")
+def features(whole):
+    """The variables of the whole network in float64, and its features of IMAGES."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        variables = example.imported(whole, IMAGES)
+        return variables, np.asarray(example.features(variables, IMAGES))
 
 
-def test_features_and_running_statistics_are_those_of_torch(x64):
+def test_folded_or_not_in_float64(features, x64):
+    variables, expected = features
+    assert expected.shape == (2, 1280)
+    assert expected.std() > 0.1
+    assert gap(example.folded_features(example.fold(variables), IMAGES), expected) <= 1e-12
+
+
+def test_features_are_those_of_torch(whole, features):
+    pytest.importorskip("torch", reason="compares with torch")
+    import mobilenet_torch
+
+    assert gap(features[1], mobilenet_torch.features(whole, IMAGES)) <= 1e-12
+
+
+def test_running_statistics_are_those_of_torch(small, x64):
     torch = pytest.importorskip("torch", reason="compares with torch")
     import mobilenet_torch
 
-    state_dict = random_weights()
-    variables = example.imported(state_dict, IMAGES)
-    expected = mobilenet_torch.features(state_dict, IMAGES)
-    assert gap(example.features(variables, IMAGES), expected) <= 1e-12
-
-    network = mobilenet_torch.network(state_dict).train()
+    variables = example.imported(small, IMAGES)
+    network = mobilenet_torch.network(small).train()
     with torch.no_grad():
         expected = network(torch.tensor(IMAGES).permute(0, 3, 1, 2)).mean((2, 3))
     train = jax.jit(lambda v, x: example.MODEL.apply(v, x, train=True, mutable=["batch_stats"]))
@@ -120,8 +152,7 @@ def test_features_and_running_statistics_are_those_of_torch(x64):
 
 
 @needs_weights
-def test_every_bit_survives_the_import_and_the_export(weights):
-    variables = example.imported(weights, np.zeros((1, 32, 32, 3), np.float32))
+def test_every_bit_survives_the_import_and_the_export(weights, variables):
     var, scale = (
         np.concatenate([leaf for path, leaf in leaves if path[-1].key == name])
         for name, leaves in (
@@ -142,9 +173,8 @@ def test_every_bit_survives_the_import_and_the_export(weights):
 
 
 @needs_weights
-def test_features_on_record(weights, pictures, x64):
-    variables = example.imported(wide(weights), pictures)
-    recorded = pretrained.features()
+def test_features_on_record(variables, pictures, x64):
+    recorded, variables = pretrained.features(), wide(variables)
     assert recorded.shape == (4, 1280)
     assert recorded.dtype == np.float64
     assert gap(example.features(variables, pictures), recorded) <= 1e-12
@@ -161,33 +191,18 @@ def test_the_record_is_what_torch_computes(weights, pictures):
 
 
 @needs_weights
-def test_another_epsilon_would_be_seen(weights, pictures):
+def test_another_epsilon_would_be_seen(variables, pictures):
     """1e-3, the default of other libraries, is 1e-5 and a larger variance."""
     x = pictures.astype(np.float32)
-    variables = example.imported(weights, x)
     assert gap(example.features(variables, x), pretrained.features()) <= example.LIMIT
-    larger = {
-        name: v + np.float32(1e-3 - 1e-5) if name.endswith("running_var") else v
-        for name, v in weights.items()
-    }
-    assert gap(example.features(example.imported(larger, x), x), pretrained.features()) > 1
+    larger = jax.tree.map_with_path(
+        lambda path, v: v + np.float32(1e-3 - 1e-5) if path[-1].key == "var" else v, variables
+    )
+    assert gap(example.features(larger, x), pretrained.features()) > 1
 
 
-def test_the_record_is_credited():
-    with np.load(pretrained.FEATURES) as archive:
-        credit = str(archive["credit"])
-    assert "Sandler" in credit
-    assert pretrained.PACKAGE in credit
-    assert pretrained.FEATURES.stat().st_size < 50_000
-
-
-@needs_weights
-def test_the_example_as_a_newcomer_runs_it(tmp_path, capsys, weights):
-    path = tmp_path / "trained.npz"
-    assert example.main(["--save", str(path)]) == 0
-    output = capsys.readouterr().out
-    first, *_, last = map(float, re.search(r"training: \[(.*)\]", output)[1].split())
-    assert last < first / 2
+def check_example(path, output, weights):
+    """What the example prints and writes, imported from and trained on `weights`; the losses."""
     rows = dict(re.findall(r"│ (\w+ +│ .*?) +│ +([\d.e+-]+) +│", output))
     with_torch = importlib.util.find_spec("torch") is not None
     assert len(rows) == (5 if with_torch else 3)
@@ -195,10 +210,35 @@ def test_the_example_as_a_newcomer_runs_it(tmp_path, capsys, weights):
     assert [d for row, d in rows.items() if "imported again" in row] == ["0.0e+00"]
     with np.load(path) as archive:
         assert archive.files == list(weights)
-        assert archive["features.0.1.num_batches_tracked"] == 3
+        count = "features.0.1.num_batches_tracked"
+        assert archive[count] == weights[count] + 3
         same = {name for name in weights if (archive[name] == weights[name]).all()}
     # A shift that the next batch norm takes away again has no gradient.
     assert not {name for name in same if not re.search(r"conv\.[47]\.bias$", name)}
+    return list(map(float, re.search(r"training: \[(.*)\]", output)[1].split()))
+
+
+def test_the_example_with_a_small_network(small, tmp_path, capsys, monkeypatch):
+    narrow = {k: np.float32(v) if v.dtype == np.float64 else v for k, v in small.items()}
+    images, labels = pretrained.pictures(48)
+    with jax.enable_x64(True):
+        recorded = np.asarray(example.features(example.imported(wide(narrow), images), images))
+    monkeypatch.setattr(pretrained, "state_dict", lambda: narrow)
+    monkeypatch.setattr(pretrained, "pictures", lambda: (images, labels))
+    monkeypatch.setattr(pretrained, "features", lambda: recorded)
+    path = tmp_path / "trained.npz"
+    assert example.main(["--save", str(path)]) == 0
+    first, *_, last = check_example(path, capsys.readouterr().out, narrow)
+    assert last < 0.8 * first
+
+
+@needs_weights
+@pytest.mark.slow
+def test_the_example_as_a_newcomer_runs_it(tmp_path, capsys, weights):
+    path = tmp_path / "trained.npz"
+    assert example.main(["--save", str(path)]) == 0
+    first, *_, last = check_example(path, capsys.readouterr().out, weights)
+    assert last < first / 2
 
 
 def test_without_the_weights(monkeypatch, capsys):

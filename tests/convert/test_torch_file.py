@@ -1,5 +1,6 @@
 """The reader of torch's legacy files: the same bits as torch, and no harm from hostile files."""
 
+import gc
 import hashlib
 import re
 import zipfile
@@ -14,6 +15,14 @@ from torch_file import TorchFileError
 
 PAYLOAD = np.array([0x7FC12345, 0x80000000, 1, 0xFF812345], np.uint32).view(np.float32)
 X = np.arange(24, dtype=np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap():
+    """The garbage collector looks at what a file makes, and not through all of JAX each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def read(content, tmp_path):

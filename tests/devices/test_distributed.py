@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compare import assert_close
 from helpers.numpy_reference import error, masked_train, problem, sample, tolerance
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -104,8 +105,9 @@ WAYS = {
 }
 
 
-def run(way, shape, inside, arguments):
-    """The seven results of `NAMES`, with the gradient taken inside or outside of the mapping."""
+@functools.cache
+def compiled(way, shape, inside):
+    """The function behind `run`; every batch of the same shape runs the same program."""
     names = tuple("ab"[: len(shape)])
     names = names[0] if len(names) == 1 else names
     function = layer(names)
@@ -115,7 +117,12 @@ def run(way, shape, inside, arguments):
         total = WAYS[way](with_gradient(function, summed), shape)
     else:
         total = with_gradient(WAYS[way](function, shape))
-    y, moments, *gradient = jax.jit(total)(*arguments)
+    return jax.jit(total)
+
+
+def run(way, shape, inside, arguments):
+    """The seven results of `NAMES`, with the gradient taken inside or outside of the mapping."""
+    y, moments, *gradient = jax.device_get(compiled(way, shape, inside)(*arguments))
     return dict(zip(NAMES, (y, *moments, *gradient), strict=True))
 
 
@@ -156,8 +163,14 @@ def test_the_devices_share_one_batch(way, devices, inside):
     for which in masks(devices):
         arguments, expected = case(devices, which, np.float32)
         check(run(way, (devices,), inside, arguments), expected, tolerance(np.float32, 144))
-    with jax.enable_x64(True):
-        arguments, expected = case(devices, "empty", np.float64)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("devices", "inside"), [(2, False), (3, True), (4, True), (8, False)])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_devices_share_one_batch_in_float64(way, devices, inside):
+    for which in ("empty", "last"):
+        arguments, expected = case(devices, which, np.float64)
         check(run(way, (devices,), inside, arguments), expected, 1e-12)
 
 
@@ -218,22 +231,23 @@ def alone(x, scale, bias, mask):
     return jaxbn.batch_normalize(x, scale, bias, mask=mask)
 
 
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("way", WAYS)
-def test_forward_mode_and_second_order(way):
+def derivatives(function):
+    """Outputs and tangents, and both orders of a second derivative, on a fixed batch."""
     (x, scale, bias, mask, _), _ = case(4, "empty", np.float64)
-    directions = tuple(sample(v.shape, 7 + i, 0.3, 1.0) for i, v in enumerate((x, scale, bias)))
+    operands = x, scale, bias
+    directions = tuple(sample(v.shape, 7 + i, 0.3, 1.0) for i, v in enumerate(operands))
     weights = sample(x.shape, 11, 0.3, 1.0)
 
-    def derivatives(function, operands, directions):
-        def outputs(x, scale, bias):
-            y, moments = function(x, scale, bias, mask)
-            return y, moments.mean, moments.var
+    def outputs(x, scale, bias):
+        y, moments = function(x, scale, bias, mask)
+        return y, moments.mean, moments.var
 
-        def loss(*operands):
-            y, mean, var = outputs(*operands)
-            return (jnp.sin(y) * weights).sum() + (mean * jnp.cos(var)).sum()
+    def loss(*operands):
+        y, mean, var = outputs(*operands)
+        return (jnp.sin(y) * weights).sum() + (mean * jnp.cos(var)).sum()
 
+    @jax.jit
+    def run(operands, directions):
         def along(*operands):
             return jax.jvp(loss, operands, directions)[1]
 
@@ -243,11 +257,19 @@ def test_forward_mode_and_second_order(way):
             jax.jvp(jax.grad(loss, (0, 1, 2)), operands, directions)[1],
         )
 
-    run = jax.jit(derivatives, static_argnums=0)
-    actual, expected = (
-        run(function, (x, scale, bias), directions)
-        for function in (WAYS[way](layer("a"), (4,)), alone)
-    )
+    return run(operands, directions)
+
+
+@functools.cache
+def derivatives_on_one_device():
+    return derivatives(alone)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("way", WAYS)
+def test_forward_mode_and_second_order(way):
+    actual = derivatives(WAYS[way](layer("a"), (4,)))
+    expected = derivatives_on_one_device()
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-11, 1e-12), actual, expected)
 
 
@@ -286,7 +308,7 @@ def test_training_inside_of_scan(check_vma):
     )
     actual, expected = jax.jit(mapped)(batches), jax.jit(train(None))(batches)
     assert expected[1].count == steps
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-12, 1e-12), actual, expected)
+    assert_close(actual, expected, 1e-12)
 
 
 def test_one_value_on_each_of_two_devices_is_a_batch():
@@ -298,17 +320,23 @@ def test_one_value_on_each_of_two_devices_is_a_batch():
     assert moments.count == 2
 
 
+@pytest.fixture
+def four_are_many(monkeypatch):
+    """Four devices sum, twice, instead of gathering."""
+    monkeypatch.setattr(_shifted, "GATHERED", 3)
+    jax.clear_caches()  # of what was traced with another number
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("four_are_many")
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_many_devices_do(way, inside, monkeypatch):
-    # More than a few sum, twice, instead of gathering.
-    monkeypatch.setattr(_shifted, "GATHERED", 3)
-    jax.clear_caches()  # of what was traced with another
+def test_what_many_devices_do(way, inside):
     for which in ("unmasked", "uneven", "empty"):
         for mean in (3.0, 1e6):
             arguments, expected = case(4, which, np.float32, mean)
             check(run(way, (4,), inside, arguments), expected, tolerance(np.float32, 72))
-    jax.clear_caches()
 
 
 def test_many_devices():

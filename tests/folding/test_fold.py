@@ -15,56 +15,80 @@ from helpers.numpy_reference import error, normalized, sample
 import jaxbn
 
 SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
-LAYOUTS = [
-    *map("".join, itertools.permutations("WIO")),
-    *map("".join, itertools.permutations("HWIO")),
-    *("DHWIO", "OIDHW", "IODHW", "DIHOW", "WHDOI"),
-]
+SIZES = {"W": 2, "H": 3, "D": 1}
+
+compiled_fold = jax.jit(
+    jaxbn.fold_into_conv,
+    static_argnames=("layout", "feature_group_count", "transposed", "before", "padding"),
+)
+
+# Batch norm and the layer's own bias, each with and without what may be None.
+VARIANTS = {
+    "all": ("own", "mean", "var", "scale", "bias"),
+    "no bias of the layer": (None, "mean", "var", "scale", "bias"),
+    "no scale": ("own", "mean", "var", None, "bias"),
+    "no bias": ("own", "mean", "var", "scale", None),
+    "mean and variance": (None, "mean", "var", None, None),
+}
 
 
-def variants(channels, outputs):
-    """Batch norm and the layer's own bias, each with and without what may be None."""
-    mean, var, scale, bias = batch_norm(channels)
-    own = sample(outputs, 8)
-    yield "all", (own, mean, var, scale, bias)
-    yield "no bias of the layer", (None, mean, var, scale, bias)
-    yield "no scale", (own, mean, var, None, bias)
-    yield "no bias", (own, mean, var, scale, None)
-    yield "mean and variance", (None, mean, var, None, None)
+def vectors(channels, outputs, variant="all"):
+    names = ("mean", "var", "scale", "bias", "own")
+    values = dict(zip(names, (*batch_norm(channels), sample(outputs, 8)), strict=True))
+    return [values.get(name) for name in VARIANTS[variant]]
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "options"))
-def _conv(x, kernel, layout, options):
+@functools.partial(jax.jit, static_argnames="options")
+def _conv(x, kernel, options):
     space = SPATIAL[x.ndim - 2]
-    layouts = (f"NC{space}", layout, f"NC{space}")
+    layouts = (f"NC{space}", f"{space}IO", f"NC{space}")
     return jax.lax.conv_general_dilated(x, kernel, dimension_numbers=layouts, **dict(options))
 
 
-def conv(x, kernel, bias, layout, **options):
-    y = np.asarray(_conv(x, kernel, layout, tuple(options.items())))
+def conv(x, kernel, bias, **options):
+    y = np.asarray(_conv(x, kernel, tuple(options.items())))
     return y if bias is None else y + np.reshape(bias, (-1,) + (1,) * (y.ndim - 2))
 
 
+def layouts():
+    """Each layout, and for every place of I and O a batch norm behind and before."""
+    for layout in map("".join, itertools.permutations("WIO")):
+        yield from ((layout, False), (layout, True))
+    for layout in map("".join, itertools.permutations("HWIO")):
+        yield layout, layout.index("H") > layout.index("W")
+    for i, layout in enumerate(("DHWIO", "OIDHW", "IODHW", "DIHOW", "WHDOI")):
+        yield layout, i % 2 == 1
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "before"), [*layouts()])
 def test_layouts(layout, before):
     rank = len(layout) - 2
-    x, kernel = sample((2, 4) + (5,) * rank, 4), kernel_of(layout, 4, 6, 2)
-    own, *norm = (sample(6, 8), *batch_norm(4 if before else 6))
+    flax_layout = f"{SPATIAL[rank]}IO"
+    kernel = sample([{"I": 4, "O": 6, **SIZES}[letter] for letter in flax_layout], 5, 0.2, 0.5)
+    x = sample((2, 4) + (5,) * rank, 4)
+    own, *norm = vectors(4 if before else 6, 6)
+    given = kernel.transpose([flax_layout.index(letter) for letter in layout])
+    padding = "VALID" if before else None
+    folded, bias = compiled_fold(given, own, *norm, layout=layout, before=before, padding=padding)
+    assert folded.shape == given.shape
+    folded = folded.transpose([layout.index(letter) for letter in flax_layout])
     options = {"window_strides": (1,) * rank, "padding": "VALID"}
-    folded = jaxbn.fold_into_conv(
-        kernel, own, *norm, layout=layout, before=before, padding="VALID" if before else None
-    )
-    plain = conv(applied(x, *norm) if before else x, kernel, own, layout, **options)
-    assert_same(conv(x, *folded, layout, **options), plain if before else applied(plain, *norm))
+    plain = conv(applied(x, *norm) if before else x, kernel, own, **options)
+    assert_same(conv(x, folded, bias, **options), plain if before else applied(plain, *norm))
+
+
+# Two dimensions with all groups, batch norms behind and before; one and three with half of those.
+STRIDED = [
+    *itertools.product((2,), (1, 2, 4), (False, True)),
+    *((1, 1, False), (1, 2, True), (1, 4, False), (3, 1, True), (3, 2, False), (3, 4, True)),
+]
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("groups", [1, 2, 4], ids=["plain", "grouped", "depthwise"])
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_strides_dilation_and_groups(rank, groups, before):
+@pytest.mark.parametrize("case", range(len(STRIDED)))
+def test_strides_dilation_and_groups(case):
+    rank, groups, before = STRIDED[case]
     layout = f"{SPATIAL[rank]}IO"
     x, kernel = sample((2, 4) + (9,) * rank, 4), kernel_of(layout, 4 // groups, 8)
     padding = ((0, 0),) * rank if before else ((1, 2),) * rank
@@ -74,8 +98,10 @@ def test_strides_dilation_and_groups(rank, groups, before):
         "feature_group_count": groups,
         "padding": padding,
     }
-    for name, (own, *norm) in variants(4 if before else 8, 8):
-        folded = jaxbn.fold_into_conv(
+    # Three variants each, so that all of them meet each rank, group and side.
+    for variant in [*VARIANTS, *VARIANTS][case % 5 :][:3]:
+        own, *norm = vectors(4 if before else 8, 8, variant)
+        folded = compiled_fold(
             kernel,
             own,
             *norm,
@@ -84,9 +110,9 @@ def test_strides_dilation_and_groups(rank, groups, before):
             before=before,
             padding=padding if before else None,
         )
-        plain = conv(applied(x, *norm) if before else x, kernel, own, layout, **options)
+        plain = conv(applied(x, *norm) if before else x, kernel, own, **options)
         expected = plain if before else applied(plain, *norm)
-        assert error(conv(x, *folded, layout, **options), expected) <= 1e-12, name
+        assert error(conv(x, *folded, **options), expected) <= 1e-12, variant
 
 
 @pytest.mark.usefixtures("x64")
@@ -95,11 +121,12 @@ def test_strides_dilation_and_groups(rank, groups, before):
 def test_dense(layout, before):
     x, kernel = sample((5, 4), 4), kernel_of(layout, 4, 6)
     matrix = kernel if layout == "IO" else kernel.T
-    for name, (own, *norm) in variants(4 if before else 6, 6):
+    for variant in VARIANTS:
+        own, *norm = vectors(4 if before else 6, 6, variant)
         plain = (applied(x, *norm) if before else x) @ matrix + (0 if own is None else own)
         folded, bias = jaxbn.fold_into_dense(kernel, own, *norm, layout=layout, before=before)
         y = x @ (folded if layout == "IO" else folded.T) + bias
-        assert error(y, plain if before else applied(plain, *norm)) <= 1e-12, name
+        assert error(y, plain if before else applied(plain, *norm)) <= 1e-12, variant
 
 
 PADDINGS = [
@@ -116,6 +143,7 @@ def test_a_padding_is_taken_where_it_is_exact_and_nowhere_else(padding, size):
     x, kernel, own = sample((2, 8, 8, 4), 4), kernel_of("HWIO", 4, 6, size), sample(6, 8)
     norm = batch_norm(4)
 
+    @jax.jit
     def apply(x, kernel, own):
         return layer.apply({"params": {"kernel": kernel, "bias": own}}, x)
 
@@ -139,13 +167,12 @@ def test_flax_transposed_convolution(rank, turned):
     )
     layout = SPATIAL[rank] + ("OI" if turned else "IO")
     x = sample((2,) + (5,) * rank + (4,), 4)
-    shapes = layer.init(jax.random.key(0), x)["params"]
-    kernel, norm = sample(shapes["kernel"].shape, 5, 0.2, 0.5), batch_norm(6)
-    expected = applied(
-        layer.apply({"params": {"kernel": kernel, "bias": np.zeros(6)}}, x), *norm, axis=-1
-    )
-    kernel, bias = jaxbn.fold_into_conv(kernel, None, *norm, layout=layout)
-    assert_same(layer.apply({"params": {"kernel": kernel, "bias": bias}}, x), expected)
+    kernel = sample((*size, *((6, 4) if turned else (4, 6))), 5, 0.2, 0.5)
+    apply, norm = jax.jit(layer.apply), batch_norm(6)
+    plain = apply({"params": {"kernel": kernel, "bias": np.zeros(6)}}, x)
+    kernel, bias = compiled_fold(kernel, None, *norm, layout=layout)
+    y = apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    assert_same(y, applied(plain, *norm, axis=-1))
 
 
 def torch_layer(kind, *arguments, **options):
@@ -162,8 +189,8 @@ def torch_layer(kind, *arguments, **options):
 
 
 def batch_norm_of(layer):
-    vectors = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
-    return [None if v is None else v.detach().numpy() for v in vectors]
+    found = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    return [None if v is None else v.detach().numpy() for v in found]
 
 
 def copied_into(layer, kernel, bias):
@@ -176,12 +203,13 @@ def copied_into(layer, kernel, bias):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("own_bias", [False, True])
-@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["Conv", "ConvTranspose"])
-def test_torch_convolutions(kind, rank, groups, affine, own_bias):
+def test_torch_convolutions(kind, rank, groups):
+    # With each kind, rank, number of groups and the other flag, each flag is set and is not.
+    affine = (rank + groups.bit_length()) % 2 == 0
+    own_bias = affine != (kind == "Conv")
     options = {"stride": 2, "padding": 1, "dilation": 2, "groups": groups, "bias": own_bias}
     layer = torch_layer(f"{kind}{rank}d", 4, 8, 3, **options)
     norm = torch_layer(f"BatchNorm{rank}d", 8, affine=affine)
@@ -190,7 +218,7 @@ def test_torch_convolutions(kind, rank, groups, affine, own_bias):
     x = torch.tensor(sample((2, 4) + (7,) * rank, 4))
     expected = norm(layer(x)).detach().numpy()
     transposed = kind == "ConvTranspose"
-    kernel, bias = jaxbn.fold_into_conv(
+    kernel, bias = compiled_fold(
         layer.weight.detach().numpy(),
         layer.bias.detach().numpy() if own_bias else None,
         *batch_norm_of(norm),
@@ -207,32 +235,37 @@ def test_torch_convolutions(kind, rank, groups, affine, own_bias):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("kind", ["Conv2d", "Conv2d, circular", "ConvTranspose2d", "Linear"])
+@pytest.mark.parametrize("kind", ["Conv2d", "Conv2d, circular", "ConvTranspose2d"])
 def test_torch_batch_norm_before(kind, groups):
-    norm = torch_layer(f"BatchNorm{1 if kind == 'Linear' else 2}d", 4)
+    norm = torch_layer("BatchNorm2d", 4)
     import torch
 
     kind, circular = kind.removesuffix(", circular"), "circular" in kind
     transposed = kind == "ConvTranspose2d"
-    vectors = batch_norm_of(norm)
-    if kind == "Linear":
-        layer, x = torch_layer(kind, 4, 6), torch.tensor(sample((5, 4), 4))
-        parameters = [p.detach().numpy() for p in layer.parameters()]
-        folded = jaxbn.fold_into_dense(*parameters, *vectors, layout="OI", before=True)
-    else:
-        mode = {"padding": 1, "padding_mode": "circular"} if circular else {}
-        layer = torch_layer(kind, 4, 6, 1 if transposed else 3, groups=groups, **mode)
-        x = torch.tensor(sample((2, 4, 5, 5), 4))
-        parameters = [p.detach().numpy() for p in layer.parameters()]
-        folded = jaxbn.fold_into_conv(
-            *parameters,
-            *vectors,
-            layout="IOHW" if transposed else "OIHW",
-            feature_group_count=groups,
-            transposed=transposed,
-            before=True,
-            padding=None if transposed else "CIRCULAR" if circular else 0,
-        )
+    mode = {"padding": 1, "padding_mode": "circular"} if circular else {}
+    layer = torch_layer(kind, 4, 6, 1 if transposed else 3, groups=groups, **mode)
+    x = torch.tensor(sample((2, 4, 5, 5), 4))
+    folded = compiled_fold(
+        *[p.detach().numpy() for p in layer.parameters()],
+        *batch_norm_of(norm),
+        layout="IOHW" if transposed else "OIHW",
+        feature_group_count=groups,
+        transposed=transposed,
+        before=True,
+        padding=None if transposed else "CIRCULAR" if circular else 0,
+    )
+    expected = layer(norm(x)).detach().numpy()
+    assert_same(copied_into(layer, *folded)(x).detach().numpy(), expected)
+
+
+@pytest.mark.usefixtures("x64")
+def test_torch_batch_norm_before_linear():
+    norm, layer = torch_layer("BatchNorm1d", 4), torch_layer("Linear", 4, 6)
+    import torch
+
+    x = torch.tensor(sample((5, 4), 4))
+    parameters = [p.detach().numpy() for p in layer.parameters()]
+    folded = jaxbn.fold_into_dense(*parameters, *batch_norm_of(norm), layout="OI", before=True)
     expected = layer(norm(x)).detach().numpy()
     assert_same(copied_into(layer, *folded)(x).detach().numpy(), expected)
 
@@ -307,11 +340,12 @@ def test_transforms():
 
     def folded(kernel, own, *norm):
         kernel, bias = jaxbn.fold_into_conv(kernel, own, *norm)
-        y = _conv(x, kernel, "HWIO", options) + bias[:, None, None]
+        y = _conv(x, kernel, options) + bias[:, None, None]
         return (jnp.sin(y) * dy).sum()
 
+    @jax.jit
     def unfolded(kernel, own, mean, var, scale, bias):
-        y = _conv(x, kernel, "HWIO", options) + own[:, None, None]
+        y = _conv(x, kernel, options) + own[:, None, None]
         mean, k, bias = (v[:, None, None] for v in (mean, scale / jnp.sqrt(var + 1e-5), bias))
         return (jnp.sin((y - mean) * k + bias) * dy).sum()
 
@@ -320,11 +354,11 @@ def test_transforms():
     jax.tree.map(
         assert_same,
         jax.jit(jax.grad(folded, everything))(*arguments),
-        jax.grad(unfolded, everything)(*arguments),
+        jax.jit(jax.grad(unfolded, everything))(*arguments),
     )
     several = [np.stack([v, 2 * v, v + 1]) for v in arguments]
     mapped = jax.jit(jax.vmap(folded))(*several)
-    assert_same(mapped, jnp.stack([unfolded(*(v[i] for v in several)) for i in range(3)]))
+    assert_same(mapped, np.stack([unfolded(*(v[i] for v in several)) for i in range(3)]))
 
 
 V3, V4, V6 = (np.ones(n, np.float32) for n in (3, 4, 6))

@@ -35,9 +35,15 @@ def referee(x, scale, bias, dy, axis, mask, groups, batch_axis):
     return whole
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Every two of layout, dtype and mask go together.
+CASES = [
+    (layout, dtype, i % 2 == j)
+    for i, layout in enumerate(LAYOUTS)
+    for j, dtype in enumerate((np.float32, np.float64))
+]
+
+
+@pytest.mark.parametrize(("layout", "dtype", "masked"), CASES)
 def test_each_group_of_samples_by_itself(layout, dtype, masked):
     shape, axis = LAYOUTS[layout]
     batch_axis, groups = int(axis == 0), 4
@@ -50,19 +56,19 @@ def test_each_group_of_samples_by_itself(layout, dtype, masked):
             valid = np.ones(12, bool)
             valid[[4, 6, 7, 8]] = False
             mask = valid.reshape(along_batch)
-        stats = jaxbn.BatchStats(bias, np.abs(scale), jnp.int32(0))
 
-        def forward(options):
+        @jax.jit
+        def step(x, scale, bias, dy):
+            stats = jaxbn.BatchStats(bias, jnp.abs(scale), jnp.int32(0))
+            options = {"axis": axis, "mask": mask, "virtual_batch_size": 12 // groups}
+
             def function(x, scale, bias):
-                return jaxbn.batch_norm(
-                    x, stats, scale, bias, train=True, axis=axis, mask=mask, **options
-                )
+                return jaxbn.batch_norm(x, stats, scale, bias, train=True, **options)
 
             y, pullback, new = jax.vjp(function, x, scale, bias, has_aux=True)
             return y, new, *pullback(dy)
 
-        y, new, dx, dscale, dbias = jax.jit(lambda: forward({"num_groups": groups}))()
-        same = jax.jit(lambda: forward({"virtual_batch_size": 3}))()
+        y, new, dx, dscale, dbias = step(x, scale, bias, dy)
     everywhere = True if mask is None else mask
     expected = referee(x, scale, bias, dy, axis, everywhere, groups, batch_axis)
     limit = tolerance(dtype, x.size // 5) if dtype == np.float32 else 1e-12
@@ -71,12 +77,11 @@ def test_each_group_of_samples_by_itself(layout, dtype, masked):
     mean, var = running(bias, np.abs(scale), expected.mean, expected.var, expected.count, 0.1)
     assert error(new.mean, mean) <= limit
     assert error(new.var, var) <= limit
-    jax.tree.map(np.testing.assert_array_equal, same, (y, new, dx, dscale, dbias))
 
 
 def test_the_moments_of_groups_merge_without_cancelling():
     x = np.random.RandomState(0).normal(1e6, 1.0, (64, 9, 3)).astype(np.float32)
-    _, moments = jaxbn.batch_normalize(x, num_groups=16)
+    _, moments = jaxbn.batch_normalize(x, virtual_batch_size=4)
     expected = x.astype(np.float64).reshape(-1, 3)
     assert error(moments.var, expected.var(0)) <= tolerance(np.float32, len(expected))
     assert error(moments.mean, expected.mean(0)) <= tolerance(np.float32)
@@ -92,12 +97,12 @@ def test_groups_go_with_residual_and_activation_and_named_devices():
             scale,
             bias,
             axis_name="a",
-            num_groups=4,
+            virtual_batch_size=2,
             residual=residual,
             activation=lambda z: jnp.maximum(z, scale),
         )
 
-    y, moments = jax.vmap(one, axis_name="a", out_axes=(0, None))(x, jnp.cos(x))
+    y, moments = jax.jit(jax.vmap(one, axis_name="a", out_axes=(0, None)))(x, np.cos(x))
     for i in range(4):
         part = x[:, 2 * i : 2 * i + 2]
         expected = masked_train(part, scale, bias, part, -1, np.ones(part.shape, bool)).y
@@ -123,9 +128,9 @@ def test_the_smallest_groups_and_none():
 def test_inference_has_no_groups_but_those_of_a_batch_that_normalizes_itself():
     x = problem((8, 3), -1)[0]
     stats = jaxbn.BatchStats(x[0], np.abs(x[1]), jnp.int32(1))
-    y, _ = jaxbn.batch_norm(x, stats, train=False, num_groups=4)
+    y, _ = jaxbn.batch_norm(x, stats, train=False, virtual_batch_size=2)
     np.testing.assert_array_equal(y, jaxbn.batch_norm(x, stats, train=False)[0])
-    y, _ = jaxbn.batch_norm(x, None, train=False, num_groups=4)
+    y, _ = jaxbn.batch_norm(x, None, train=False, virtual_batch_size=2)
     np.testing.assert_allclose(y, np.sign(x - x.reshape(4, 2, 3).mean(1).repeat(2, 0)), atol=1e-2)
 
 
@@ -136,14 +141,14 @@ def test_layers(layer):
     x = problem((6, 4), -1)[0]
     variables = layer.init(jax.random.key(0), x, False)
     y, updates = layer.apply(variables, x, False, mutable=["batch_stats"])
-    expected, moments = jaxbn.batch_normalize(x, num_groups=3)
+    expected, moments = jaxbn.batch_normalize(x, virtual_batch_size=2)
     np.testing.assert_array_equal(y, expected)
     weight = 1 - layer.momentum if isinstance(layer, linen.BatchNorm) else layer.momentum
     np.testing.assert_allclose(updates["batch_stats"]["mean"], weight * moments.mean, rtol=1e-6)
 
 
 def run_in_groups_of_devices(groups, check_vma, dtype):
-    """`(y, mean, dx, dscale)` of eight devices, and the arguments."""
+    """`(y, mean, dx, dscale, dbias)` of eight devices, and the arguments."""
     x, scale, bias, dy = problem((24, 3, 2), -1, dtype=dtype)
     x = x + np.repeat(np.arange(8, dtype=dtype), 3)[:, None, None]
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
@@ -159,29 +164,41 @@ def run_in_groups_of_devices(groups, check_vma, dtype):
         out_specs=(P("a"), P("a")),
         check_vma=check_vma,
     )
-    y, pullback, mean = jax.jit(lambda *a: jax.vjp(mapped, *a, has_aux=True))(x, scale, bias)
-    return (y, mean, *pullback(dy)), (x, scale, bias, dy)
+
+    @jax.jit
+    def step(dy, *operands):
+        y, pullback, mean = jax.vjp(mapped, *operands, has_aux=True)
+        return y, mean, *pullback(dy)
+
+    return step(dy, x, scale, bias), (x, scale, bias, dy)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 5], [1, 4], [7, 2], [3, 6]]])
-def test_groups_of_devices(groups, check_vma):
-    for dtype, limit in ((np.float32, tolerance(np.float32, 72)), (np.float64, 1e-12)):
-        with jax.enable_x64(dtype == np.float64):
-            results, (x, scale, bias, dy) = run_in_groups_of_devices(groups, check_vma, dtype)
-        y, mean, dx, dscale, dbias = results
-        totals = 0, 0
-        for group in groups:
-            samples = np.concatenate([np.arange(3 * i, 3 * i + 3) for i in group])
-            part = x[samples], scale, bias, dy[samples]
-            expected = masked_train(*part, -1, np.ones(part[0].shape, bool))
-            assert error(y[samples], expected.y) <= limit
-            assert error(dx[samples], expected.dx) <= limit
-            for i in group:
-                assert error(mean[i], expected.mean) <= limit
-            totals = totals[0] + expected.dscale, totals[1] + expected.dbias
-        assert error(dscale, totals[0]) <= limit
-        assert error(dbias, totals[1]) <= limit
+@pytest.mark.parametrize(
+    ("groups", "check_vma", "dtype"),
+    [
+        ([[0, 1, 2, 3], [4, 5, 6, 7]], True, np.float32),
+        ([[0, 1, 2, 3], [4, 5, 6, 7]], False, np.float64),
+        ([[0, 5], [1, 4], [7, 2], [3, 6]], True, np.float64),
+        ([[0, 5], [1, 4], [7, 2], [3, 6]], False, np.float32),
+    ],
+)
+def test_groups_of_devices(groups, check_vma, dtype):
+    limit = tolerance(np.float32, 72) if dtype == np.float32 else 1e-12
+    with jax.enable_x64(dtype == np.float64):
+        results, (x, scale, bias, dy) = run_in_groups_of_devices(groups, check_vma, dtype)
+    y, mean, dx, dscale, dbias = results
+    totals = 0, 0
+    for group in groups:
+        samples = np.concatenate([np.arange(3 * i, 3 * i + 3) for i in group])
+        part = x[samples], scale, bias, dy[samples]
+        expected = masked_train(*part, -1, np.ones(part[0].shape, bool))
+        assert error(y[samples], expected.y) <= limit
+        assert error(dx[samples], expected.dx) <= limit
+        for i in group:
+            assert error(mean[i], expected.mean) <= limit
+        totals = totals[0] + expected.dscale, totals[1] + expected.dbias
+    assert error(dscale, totals[0]) <= limit
+    assert error(dbias, totals[1]) <= limit
 
 
 def test_groups_of_devices_under_pmap_and_in_layers():
@@ -213,7 +230,7 @@ def test_groups_of_a_sharded_batch(groups, axis_type):
     def run(x, dy):
         y, pullback, moments = jax.vjp(
             lambda *operands: jaxbn.batch_normalize(
-                *operands, axis=1, num_groups=groups, mask=mask, residual=residual
+                *operands, axis=1, virtual_batch_size=16 // groups, mask=mask, residual=residual
             ),
             x,
             scale,
@@ -238,4 +255,4 @@ def test_groups_larger_than_what_a_device_holds():
     with jax.set_mesh(mesh):
         x = jax.device_put(np.ones((8, 3), np.float32), NamedSharding(mesh, P("a")))
         with pytest.raises(ValueError, match=r"over 4 of them; got 2 groups.*multiple of 4"):
-            jaxbn.batch_normalize(x, num_groups=2)
+            jaxbn.batch_normalize(x, virtual_batch_size=4)

@@ -1,10 +1,14 @@
 """Masks: what they leave out reaches no value and no derivative, and what is left is exact."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compare import assert_close
 from helpers.numpy_reference import error, masked_train, problem, running, sample, tolerance, train
+from helpers.steps import train_step
 
 import jaxbn
 from jaxbn import linen
@@ -30,16 +34,6 @@ def filled(x, mask, value):
     return np.where(mask, x, np.asarray(value, x.dtype))
 
 
-def derivatives(x, scale, bias, dy, mask, residual=None, **options):
-    """Output, moments, and gradients with respect to `x`, `scale`, `bias` and the residual."""
-
-    def function(x, scale, bias, residual):
-        return jaxbn.batch_normalize(x, scale, bias, mask=mask, residual=residual, **options)
-
-    y, pullback, moments = jax.vjp(function, x, scale, bias, residual, has_aux=True)
-    return y, moments, *pullback(dy)
-
-
 def assert_as_expected(actual, expected, limit):
     y, moments, dx, dscale, dbias, _ = actual
     np.testing.assert_array_equal(moments.count, expected.count)
@@ -60,7 +54,7 @@ def test_equals_the_values_that_count_alone(extent, value):
     x, scale, bias, dy = problem(SHAPE, -1, mean=50.0)
     mask = random_mask(EXTENTS[extent])
     expected = masked_train(x, scale, bias, dy, -1, mask)
-    actual = derivatives(filled(x, mask, value), scale, bias, dy, mask)
+    actual = train_step(filled(x, mask, value), scale, bias, dy, mask)
     assert_as_expected(actual, expected, tolerance(np.float32, expected.count.max()))
     left_out = ~np.broadcast_to(mask, SHAPE)
     assert (np.asarray(actual[0])[left_out] == 0).all()
@@ -74,7 +68,7 @@ def test_every_channel_axis_in_float64(axis):
     for shape in (SHAPE, [n if i == axis else 1 for i, n in enumerate(SHAPE)], SHAPE[2:]):
         mask = random_mask(shape)
         expected = masked_train(x, scale, bias, dy, axis, mask)
-        actual = derivatives(filled(x, mask, np.nan), scale, bias, dy, mask, axis=axis)
+        actual = train_step(filled(x, mask, np.nan), scale, bias, dy, mask, axis=axis)
         assert_as_expected(actual, expected, 1e-12)
 
 
@@ -86,7 +80,7 @@ def test_large_batches_under_a_large_mean(shape, axis):
         mask = np.zeros((64, 1, 1, 1), bool)
         mask[kept] = True
         expected = train(x[kept], scale, bias, dy[kept], axis)
-        y, moments, dx, dscale, dbias, _ = derivatives(
+        y, moments, dx, dscale, dbias, _ = train_step(
             filled(x, mask, np.nan), scale, bias, dy, mask, axis=axis
         )
         assert error(y[kept], expected.y) <= 1e-6
@@ -105,8 +99,8 @@ def test_padding_touches_nothing(value, activation):
         random_mask(EXTENTS["one value per position"]),
     )
     options = {"activation": activation}
-    expected = derivatives(x, scale, bias, dy, mask, residual, **options)
-    padded = derivatives(
+    expected = train_step(x, scale, bias, dy, mask, residual, **options)
+    padded = train_step(
         filled(x, mask, value),
         scale,
         bias,
@@ -119,35 +113,33 @@ def test_padding_touches_nothing(value, activation):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(padded))
 
 
+@functools.partial(jax.jit, static_argnames="mode")
+def second_derivatives(mode, operands, tangents, mask, dy):
+    """A loss, its derivative in the direction of `tangents`, and its Hessian."""
+    _, scale, bias, _ = operands
+    stats = jaxbn.BatchStats(bias + 3, jnp.abs(scale) + 1, jnp.int32(0))
+    options = {"train": mode == "train", "mask": mask, "activation": "silu"}
+
+    def loss(x, scale, bias, residual):
+        y, _ = jaxbn.batch_norm(x, stats, scale, bias, residual=residual, **options)
+        return (jnp.sin(y) * jnp.where(mask, dy, 0)).sum()
+
+    return jax.jvp(loss, operands, tangents), jax.hessian(loss, (0, 1, 2, 3))(*operands)
+
+
 @pytest.mark.parametrize("value", FILLINGS)
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_padding_touches_no_second_derivative_and_no_tangent(mode, value):
     x, scale, bias, dy = problem((4, 3, 2), -1)
-    residual, mask = sample(x.shape, 9, dtype=np.float32), random_mask((4, 3, 1))
-    stats = jaxbn.BatchStats(bias + 3, np.abs(scale) + 1, jnp.int32(0))
+    mask = random_mask((4, 3, 1))
+    residual, tangent = (sample(x.shape, seed, dtype=np.float32) for seed in (9, 10))
 
-    def loss(x, scale, bias, residual):
-        y, _ = jaxbn.batch_norm(
-            x,
-            stats,
-            scale,
-            bias,
-            train=mode == "train",
-            mask=mask,
-            activation="silu",
-            residual=residual,
-        )
-        return (jnp.sin(y) * jnp.where(mask, dy, 0)).sum()
+    def results(x, residual, tangent):
+        operands, tangents = (x, scale, bias, residual), (tangent, scale, bias, tangent)
+        return second_derivatives(mode, operands, tangents, mask, dy)
 
-    def everything(x, residual, tangent):
-        arguments = x, scale, bias, residual
-        tangents = tangent, scale, bias, tangent
-        hessian = jax.jit(jax.hessian(loss, (0, 1, 2, 3)))(*arguments)
-        return jax.jvp(loss, arguments, tangents), hessian
-
-    tangent = sample(x.shape, 10, dtype=np.float32)
-    expected = everything(x, residual, tangent)
-    padded = everything(*(filled(v, mask, value) for v in (x, residual, tangent)))
+    expected = results(x, residual, tangent)
+    padded = results(*(filled(v, mask, value) for v in (x, residual, tangent)))
     jax.tree.map(np.testing.assert_array_equal, padded, expected)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(padded))
 
@@ -176,20 +168,23 @@ def test_a_padded_batch_is_the_batch():
     padded_x, padded_dy = (
         np.concatenate([v, np.full((3, 5, 4), np.nan, np.float32)]) for v in (x, dy)
     )
-    mask = np.arange(9).reshape(9, 1, 1) < 6
     stats = jaxbn.init_batch_stats(4)
 
-    def function(x, mask):
-        return lambda x, scale, bias: jaxbn.batch_norm(
-            x, stats, scale, bias, train=True, mask=mask, activation="relu"
+    @jax.jit
+    def step(x, dy, mask):
+        y, pullback, new = jax.vjp(
+            lambda x, scale, bias: jaxbn.batch_norm(
+                x, stats, scale, bias, train=True, mask=mask, activation="relu"
+            ),
+            x,
+            scale,
+            bias,
+            has_aux=True,
         )
+        return y, new, *pullback(dy)
 
-    y, pullback, new = jax.vjp(function(x, None), x, scale, bias, has_aux=True)
-    expected = y, new, pullback(dy)
-    y, pullback, new = jax.vjp(function(x, mask), padded_x, scale, bias, has_aux=True)
-    dx, dscale, dbias = pullback(padded_dy)
-    actual = y[:6], new, (dx[:6], dscale, dbias)
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 2e-6, 2e-6), actual, expected)
+    y, new, dx, dscale, dbias = step(padded_x, padded_dy, np.arange(9).reshape(9, 1, 1) < 6)
+    assert_close((y[:6], new, dx[:6], dscale, dbias), step(x, dy, None), 2e-6)
     assert (y[6:] == 0).all()
 
 
@@ -208,26 +203,29 @@ def test_bessels_correction_counts_what_counts():
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_nothing_counts_in_a_channel_or_at_all(momentum):
     x, scale, bias, dy = problem((6, 3), 1)
-    old = jaxbn.BatchStats(bias + 2, np.abs(scale) + 1, jnp.int32(4))
+    old = jaxbn.BatchStats(bias + 2, np.abs(scale) + 1, np.int32(4))
+
+    @jax.jit
+    def step(x, mask):
+        def function(x):
+            options = {"mask": mask, "momentum": momentum, "activation": "gelu"}
+            return jaxbn.batch_norm(x, old, scale, bias, train=True, **options)
+
+        y, pullback, stats = jax.vjp(function, x, has_aux=True)
+        return y, *pullback(dy), stats
+
     for empty in ([1], [0, 1, 2]):
         mask = np.ones((6, 3), bool)
         mask[:, empty] = False
-
-        def function(x, mask=mask):
-            return jaxbn.batch_norm(
-                x, old, scale, bias, train=True, mask=mask, momentum=momentum, activation="gelu"
-            )
-
-        y, pullback, stats = jax.vjp(function, filled(x, mask, np.nan), has_aux=True)
-        (dx,) = pullback(dy)
+        y, dx, stats = jax.tree.map(np.asarray, step(filled(x, mask, np.nan), mask))
         assert np.isfinite(y).all()
         assert np.isfinite(dx).all()
         np.testing.assert_array_equal(y[:, empty], 0)
         np.testing.assert_array_equal(dx[:, empty], 0)
-        np.testing.assert_array_equal(stats.mean[jnp.array(empty)], old.mean[empty])
-        np.testing.assert_array_equal(stats.var[jnp.array(empty)], old.var[empty])
+        np.testing.assert_array_equal(stats.mean[empty], old.mean[empty])
+        np.testing.assert_array_equal(stats.var[empty], old.var[empty])
         full = [c for c in range(3) if c not in empty]
-        assert (np.asarray(stats.mean)[full] != np.asarray(old.mean)[full]).all()
+        assert (stats.mean[full] != old.mean[full]).all()
         assert stats.count == 5
 
 
@@ -241,29 +239,30 @@ def test_one_value_that_counts_gives_the_bias_and_keeps_the_variance():
     np.testing.assert_array_equal(stats.var, old.var)
 
 
+normalized = jax.jit(lambda x, mask: jaxbn.batch_normalize(x, mask=mask))
+
+
 @pytest.mark.parametrize("dtype", ["bool", "int32", "uint8", "float32", "bfloat16"])
 def test_zeros_and_ones_in_any_dtype(dtype):
     x = sample((6, 4, 3), 0, dtype=np.float32)
     mask = random_mask((6, 4, 1))
-    expected = jaxbn.batch_normalize(x, mask=mask)
-    given = jnp.asarray(mask, dtype)
-    for actual in (
-        jaxbn.batch_normalize(x, mask=given),
-        jax.jit(lambda mask: jaxbn.batch_normalize(x, mask=mask))(given),
-    ):
-        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-6, 1e-6), actual, expected)
+    expected = normalized(x, mask)
+    given = mask.astype(jnp.dtype(dtype))
+    for actual in (jaxbn.batch_normalize(x, mask=given), normalized(x, given)):
+        assert_close(actual, expected, 1e-6)
 
 
-@pytest.mark.parametrize("value", [2.0, 0.5, -1.0, np.nan])
-def test_a_traced_mask_of_other_numbers_shows(value):
+def test_a_traced_mask_of_other_numbers_shows():
     x = sample((6, 3), 0, dtype=np.float32)
-    mask = jnp.ones((6, 3)).at[4, 1].set(value)
-    y, moments = jax.jit(lambda mask: jaxbn.batch_normalize(x, mask=mask))(mask)
-    assert np.isnan(moments.mean[1])
-    assert np.isnan(y[:, 1]).all()
-    assert np.isfinite(y[:, jnp.array([0, 2])]).all()
-    y = jax.jit(lambda mask: jaxbn.normalize(x, x[0], x[1] ** 2, mask=mask))(mask)
-    assert np.isnan(y[4, 1])
+    by_statistics = jax.jit(lambda mask: jaxbn.normalize(x, x[0], x[1] ** 2, mask=mask))
+    for value in (2.0, 0.5, -1.0, np.nan):
+        mask = np.ones((6, 3), np.float32)
+        mask[4, 1] = value
+        y, moments = normalized(x, mask)
+        assert np.isnan(moments.mean[1])
+        assert np.isnan(y[:, 1]).all()
+        assert np.isfinite(np.asarray(y)[:, [0, 2]]).all()
+        assert np.isnan(by_statistics(mask)[4, 1])
 
 
 def test_inference_takes_the_mask_too():

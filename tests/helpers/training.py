@@ -1,9 +1,10 @@
 """The trainer with a small model, its result kept as arrays by name, and small images.
 
-python tests/helpers/training.py RESULT.npz DTYPE [FLAGS…]
+python -m helpers.training RESULT.npz DTYPE [FLAGS…]
 """
 
 import contextlib
+import functools
 import sys
 
 import data
@@ -11,20 +12,30 @@ import jax
 import numpy as np
 import train_cnn
 from checkpoints import hush
+from command_line import parse
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from model import CNN
+from model import CNN, ResNet20
+from rich.console import Console
+
+# By far fewer operations to compile than the ones of the examples.
+MODELS = {
+    "cnn": functools.partial(CNN, features=(8, 16)),
+    "resnet20": functools.partial(ResNet20, features=(4, 8)),
+}
+# With these flags the colours of `save_colours` are learned.
+ON_COLOURS = ("--epochs", "2", "--batch-size", "32", "--momentum", "0.5")
 
 
-def keep(setattr_, dtype="float32"):
-    """Changes `train_cnn` by `setattr_`: it trains a small model in `dtype`.
+def keep(setattr_, dtype=None):
+    """Changes `train_cnn` by `setattr_`: it trains a small model in `dtype`, or that of the flags.
 
     The final variables and the metrics of each epoch come into the dict that is returned.
     """
     result = {}
     run = train_cnn.run
 
-    def small(classes, norm, _):
-        return CNN(classes, norm, np.dtype(dtype), (8, 16))
+    def small(classes, norm, of_flags):
+        return MODELS["cnn"](classes, norm, np.dtype(dtype or of_flags))
 
     def keeping(*arguments):
         trained = run(*arguments)
@@ -47,6 +58,23 @@ def spread_over(devices):
         yield NamedSharding(mesh, PartitionSpec("batch"))
 
 
+def trained_on(devices, monkeypatch, *flags, dtype=None):
+    """The result of a trainer in this process, on this many of its devices."""
+    flags = [str(flag) for flag in flags]
+    with monkeypatch.context() as patched, spread_over(devices) as sharding:
+        result = keep(patched.setattr, dtype)
+        train_cnn.run(parse("", flags), flags, sharding, Console(quiet=True))
+    return result
+
+
+def command(path, dtype, *flags):
+    """The command of a trainer in a process of its own, which keeps its result in this file.
+
+    As a module: a script would find the modules beside it before those of the examples.
+    """
+    return [sys.executable, "-m", __name__, path, dtype, *flags]
+
+
 def images(train, test=20, size=6):
     """Images of three classes, told apart by a diagonal."""
     y = np.arange(train + test) % 3
@@ -66,6 +94,16 @@ def save_images(folder):
     """100 and 30 images in a file of the folder: its path."""
     path = folder / "images.npz"
     np.savez(path, **arrays(images(100, 30)))
+    return path
+
+
+def save_colours(folder):
+    """Red, green and blue images with noise, from 0 to 1, in a file of the folder: its path."""
+    y = np.arange(96) % 3
+    x = np.random.RandomState(0).uniform(size=(96, 9, 8, 3)) * 0.5
+    x += 0.5 * np.eye(3)[y][:, None, None]
+    path = folder / "colours.npz"
+    np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
     return path
 
 

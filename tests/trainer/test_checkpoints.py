@@ -19,12 +19,10 @@ from checkpoints import CheckpointError, Checkpoints
 from helpers import training
 from steps import Recipe, State
 
-TRAINING = training.__file__
 PATIENCE = 300  # seconds, on a machine that does other things too
-KILLS = 20
 
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.trained, pytest.mark.usefixtures("standard_promotion")]
 
 
 @pytest.fixture
@@ -94,7 +92,7 @@ def start(folder, *flags):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-        arguments = [sys.executable, TRAINING, folder / "result.npz", "float32", *flags]
+        arguments = training.command(folder / "result.npz", "float32", *flags)
         return subprocess.Popen(arguments, env=environment, stdout=out, stderr=err)
 
 
@@ -107,9 +105,12 @@ def newest(folder):
     return max(whole, default=0), len(whole) < len(names)
 
 
-def test_killed_at_any_moment(images, tmp_path):
-    """Twenty SIGKILLs, most of them in the writing of a checkpoint; nothing is lost in the end."""
-    flags = [*images, "--epochs", "120"]
+@pytest.mark.parametrize(
+    ("kills", "epochs"), [(3, 15), pytest.param(20, 120, marks=pytest.mark.slow)]
+)
+def test_killed_at_any_moment(kills, epochs, images, tmp_path):
+    """SIGKILLs, most of them in the writing of a checkpoint; nothing is lost in the end."""
+    flags = [*images, "--epochs", str(epochs)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
@@ -120,7 +121,7 @@ def test_killed_at_any_moment(images, tmp_path):
     delays = random.Random(seed)
     reached, torn = [0], 0
     folder = killed / "run" / "checkpoints"
-    for i in range(KILLS):
+    for i in range(kills):
         process = start(killed, *flags)
         deadline = time.monotonic() + PATIENCE
         early = i % 4 == 3
@@ -135,8 +136,8 @@ def test_killed_at_any_moment(images, tmp_path):
         reached.append(step)
         torn += cut_off
     assert reached == sorted(reached)
-    assert 15 <= reached[-1] < 480
-    assert torn > 0  # a write was cut off
+    assert 0.7 * kills <= reached[-1] < 4 * epochs
+    assert torn > 0 or kills < 20  # of many, one cuts a write off
     assert start(killed, *flags).wait(PATIENCE) == 0, (killed / "err").read_text()
     assert told(killed / "run") == told(whole / "run")
     expected, result = (dict(np.load(folder / "result.npz")) for folder in (whole, killed))
@@ -147,8 +148,11 @@ def test_killed_at_any_moment(images, tmp_path):
 def test_a_full_disk(images, tmp_path):
     """Files may not grow over one block, which is as if there were no room for them."""
     flags = [*images, "--epochs", "2", "--output", tmp_path / "run"]
-    command = [sys.executable, TRAINING, tmp_path / "result.npz", "float32", *flags]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = training.command(tmp_path / "result.npz", "float32", *flags)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # nothing in it may be cut off
+    }
     process = subprocess.run(
         ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", *command],
         env=environment,

@@ -6,41 +6,36 @@ import subprocess
 import sys
 
 import classify
+import figures
 import jax
 import numpy as np
 import pytest
 import train_cnn
 from checkpoints import Checkpoints
-from model import MODELS, Norm, folded
+from helpers import training
+from model import Norm, folded
 from PIL import Image
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-
-def save_colours(folder):
-    """Red, green and blue images with noise, from 0 to 1, as a data set for the trainer."""
-    state = np.random.RandomState(0)
-    y = np.arange(96) % 3
-    x = state.uniform(size=(96, 9, 8, 3)) * 0.5 + 0.5 * np.eye(3)[y][:, None, None]
-    np.savez(folder / "colours.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    return x
+pytestmark = [pytest.mark.trained, pytest.mark.usefixtures("standard_promotion")]
 
 
 @pytest.fixture(scope="module", params=["cnn jaxbn", "resnet20 ghost", "cnn flax", "cnn none"])
 def trained(request, tmp_path_factory):
     """The folder of a trained network, image files, and their pixels."""
     folder = tmp_path_factory.mktemp("trained")
-    x = save_colours(folder)
+    data = training.save_colours(folder)
     model, norm = request.param.split()
-    flags = ["--data", str(folder / "colours.npz"), "--model", model, "--norm", norm]
-    flags += ["--epochs", "2", "--batch-size", "32", "--momentum", "0.5"]
-    with jax.numpy_dtype_promotion("standard"):
+    flags = ["--data", str(data), *training.ON_COLOURS, "--model", model, "--norm", norm]
+    with pytest.MonkeyPatch.context() as patched, jax.numpy_dtype_promotion("standard"):
+        patched.setattr(train_cnn, "MODELS", training.MODELS)
+        patched.setattr(classify, "MODELS", training.MODELS)
+        patched.setattr(figures, "draw_run", lambda *_: None)
         assert train_cnn.main([*flags, "--output", str(folder / "run")]) == 0
-    pixels = np.round(x[:6] * 255).astype(np.uint8)
-    paths = [str(folder / f"{i}.png") for i in range(6)]
-    for path, image in zip(paths, pixels, strict=True):
-        Image.fromarray(image).save(path)
-    return folder / "run", paths, pixels
+        pixels = np.round(np.load(data)["x_train"][:6] * 255).astype(np.uint8)
+        paths = [str(folder / f"{i}.png") for i in range(6)]
+        for path, image in zip(paths, pixels, strict=True):
+            Image.fromarray(image).save(path)
+        yield folder / "run", paths, pixels
 
 
 def probabilities(folder, pixels):
@@ -48,7 +43,7 @@ def probabilities(folder, pixels):
     saved = Checkpoints(folder / "checkpoints", write=False).load()
     config = saved.run["config"]
     norm = Norm(config["flags"]["norm"])
-    model = MODELS[config["flags"]["model"]](3, norm)
+    model = training.MODELS[config["flags"]["model"]](3, norm)
     scale = config["pixels"]
     x = pixels / 255 * (scale["high"] - scale["low"]) + scale["low"]
     x = ((x - scale["mean"]) / scale["std"]).astype(np.float32)
@@ -74,13 +69,13 @@ def test_no_batch_norm_is_left(trained):
     folder, _, _ = trained
     saved = Checkpoints(folder / "checkpoints", write=False).load()
     flags = saved.run["config"]["flags"]
-    network = MODELS[flags["model"]](3, Norm(flags["norm"]))
+    network = training.MODELS[flags["model"]](3, Norm(flags["norm"]))
     model, variables = folded(network, saved.state["variables"])
     assert model.norm.kind == "none"
     assert variables.keys() == {"params"}
     blocks = [block for name, block in variables["params"].items() if name != "Dense_0"]
     assert all(block.keys() == {"Conv_0"} for block in blocks)
-    assert len(blocks) == (19 if flags["model"] == "resnet20" else 5)
+    assert len(blocks) == (13 if flags["model"] == "resnet20" else 2)
 
 
 ALONE = """

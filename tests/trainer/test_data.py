@@ -9,10 +9,12 @@ import zipfile
 
 import data
 import idx
-import jax
 import numpy as np
 import pytest
 import train_cnn
+from helpers import training
+
+pytestmark = [pytest.mark.trained, pytest.mark.usefixtures("standard_promotion")]
 
 NAMES = dict(zip(data.KEYS, data.IDX_FILES, strict=True))
 
@@ -117,10 +119,10 @@ def test_any_flipped_byte_is_read_or_refused(tmp_path):
             assert read.size == values.size
 
 
-def test_the_trainer_takes_a_folder(folder, capsys):
+def test_the_trainer_takes_a_folder(folder, monkeypatch, capsys):
+    training.keep(monkeypatch.setattr)
     flags = ["--dataset", "mnist", "--data-dir", str(folder), "--epochs", "2"]
-    with jax.numpy_dtype_promotion("standard"):  # for optax
-        assert train_cnn.main([*flags, "--batch-size", "10"]) == 0
+    assert train_cnn.main([*flags, "--batch-size", "10"]) == 0
     assert "40 training and 20 test images of (6, 5, 1)" in capsys.readouterr().out
 
 

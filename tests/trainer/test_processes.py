@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from helpers import training
 
-TRAINING = training.__file__
 TIMEOUT = 15  # seconds, --timeout
 PATIENCE = 300  # seconds: for what ends by itself, on a machine that does other things too
 START = 40  # seconds: for the imports before a process can join
+pytestmark = pytest.mark.trained
 LOSS = r"another process of the run|the loss of another process|not all processes of the run"
 
 
@@ -28,6 +28,7 @@ class Run:
     def __init__(self, folder):
         self.folder = folder
         self.processes = []
+        self.environment = dict(os.environ)
         with socket.create_server(("127.0.0.1", 0)) as server:
             self.coordinator = f"127.0.0.1:{server.getsockname()[1]}"
 
@@ -37,8 +38,8 @@ class Run:
         path = os.pathsep.join(filter(None, sys.path))
         with open(self.folder / f"{name}.out", "w") as out, open(self.error(name), "w") as err:
             process = subprocess.Popen(
-                [sys.executable, TRAINING, self.folder / f"{name}.npz", dtype, *flags],
-                env=os.environ | {"XLA_FLAGS": flag, "PYTHONPATH": path},
+                training.command(self.folder / f"{name}.npz", dtype, *flags),
+                env=self.environment | {"XLA_FLAGS": flag, "PYTHONPATH": path},
                 stdout=out,
                 stderr=err,
             )
@@ -77,6 +78,13 @@ def run(tmp_path):
 
 
 @pytest.fixture
+def mortal(run, tmp_path):
+    """A run whose processes are killed; one may leave half a program in its cache."""
+    run.environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
+    return run
+
+
+@pytest.fixture
 def images(tmp_path):
     """A data set that batches of 26 and four devices do not divide."""
     return training.save_images(tmp_path)
@@ -84,7 +92,10 @@ def images(tmp_path):
 
 # Both are sixteen steps, which amplify rounding: the parameters are of order one, each of its sums
 # has up to 26 · 36 terms, and the errors measured are below 1e-6 and 1e-14.
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [("float32", 1e-5), pytest.param("float64", 1e-12, marks=pytest.mark.slow)],
+)
 def test_two_processes_train_like_one(dtype, tolerance, run, images):
     flags = ["--data", str(images), "--batch-size", "26", "--epochs", "4"]
     alone = run.start("alone", 1, dtype, *flags)
@@ -123,13 +134,20 @@ def test_two_processes_train_like_one(dtype, tolerance, run, images):
             np.testing.assert_array_equal(resumed[name], first[name], name)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_death_of_one_ends_the_other(victim, run, images):
-    delay = random.SystemRandom().uniform(0, 15)
-    print(f"killed after {delay:.2f} seconds")  # shown where the test fails
-    flags = ["--data", str(images), "--epochs", "100000"]
-    processes = [run.join(i, *flags) for i in range(2)]
-    time.sleep(delay)
+def started(run, images):
+    """Two processes that train for longer than any test."""
+    return [run.join(i, "--data", str(images), "--epochs", "100000") for i in range(2)]
+
+
+def wait_for_an_epoch(run):
+    deadline = time.monotonic() + PATIENCE
+    while "%" not in run.output(0):
+        assert time.monotonic() < deadline, run.error(0).read_text()
+        time.sleep(0.1)
+
+
+def check_death(run, processes, victim):
+    """Kills one; the other must end soon, and say why."""
     assert [process.poll() for process in processes] == [None, None], run.reasons(0)
     processes[victim].send_signal(signal.SIGKILL)
     assert processes[1 - victim].wait(START + TIMEOUT) != 0
@@ -138,20 +156,35 @@ def test_death_of_one_ends_the_other(victim, run, images):
     assert re.search(LOSS, reason)
 
 
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_death_of_one_ends_the_other(victim, mortal, images):
+    processes = started(mortal, images)
+    wait_for_an_epoch(mortal)
+    check_death(mortal, processes, victim)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_silence_of_one_ends_the_other(victim, run, images):
-    processes = [run.join(i, "--data", str(images), "--epochs", "100000") for i in range(2)]
-    deadline = time.monotonic() + PATIENCE
-    while "%" not in run.output(0):
-        assert time.monotonic() < deadline, run.error(0).read_text()
-        time.sleep(0.1)
+def test_death_at_any_moment(victim, mortal, images):
+    delay = random.SystemRandom().uniform(0, 15)
+    print(f"killed after {delay:.2f} seconds")  # shown where the test fails
+    processes = started(mortal, images)
+    time.sleep(delay)
+    check_death(mortal, processes, victim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_silence_of_one_ends_the_other(victim, mortal, images):
+    run, processes = mortal, started(mortal, images)
+    wait_for_an_epoch(run)
     processes[victim].send_signal(signal.SIGSTOP)  # its connections stay open
     assert processes[1 - victim].wait(2 * TIMEOUT) != 0
     (reason,) = run.reasons(1 - victim)
     assert "another process of the run died or is out of reach" in reason
 
 
-@pytest.mark.parametrize("present", [0, 1])
+@pytest.mark.parametrize("present", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_that_does_not_come(present, run):
     assert run.join(present, timeout=2).wait(START + 2) == 1
     assert run.reasons(present) == [
@@ -170,7 +203,9 @@ def test_processes_with_different_flags_are_refused(run):
         ]
 
 
-def test_failure_of_one_ends_the_other_long_before_the_timeout(run, images):
+@pytest.mark.slow
+def test_failure_of_one_ends_the_other_long_before_the_timeout(mortal, images):
+    run = mortal
     output = run.folder / "output"
     (output / "metrics.jsonl").mkdir(parents=True)  # where the first process alone writes a file
     for i in range(2):

@@ -11,7 +11,7 @@ from model import CNN, Norm, ResNet20
 from records import mean_drift, var_drift
 from steps import Recipe, evaluated, initial_state, optimizer, sums_over, train_steps
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.trained, pytest.mark.usefixtures("standard_promotion")]
 
 
 DEVICES = sorted({1, 3, jax.device_count()})
@@ -80,7 +80,7 @@ def test_images_move_and_are_mirrored():
 
 NETWORKS = {
     "cnn": lambda norm: CNN(3, norm, np.dtype("float64"), (8, 16)),
-    "resnet20": lambda norm: ResNet20(3, norm, np.dtype("float64"), (4, 8, 8)),
+    "resnet20": lambda norm: ResNet20(3, norm, np.dtype("float64"), (4, 8)),
 }
 
 

@@ -1,4 +1,4 @@
-"""The derivative rule and every function under JAX's transforms, against plain autodiff."""
+"""The derivative rule against plain autodiff, and what the conformance table has no cell for."""
 
 import jax
 import jax.numpy as jnp
@@ -147,60 +147,6 @@ def check_kept(function, x, axis, *parameters):
     assert x.nbytes <= kept <= x.nbytes + 8 * 4 * x.shape[axis]
 
 
-def step(x, stats, scale, bias):
-    return jaxbn.batch_norm(x, stats, scale, bias, train=True)
-
-
-def test_jit_and_vmap_over_models():
-    models = 3
-    x, scale, bias, dy = problem((models, 8, 4), 2)
-    scales = np.stack([scale, scale + 1, -scale])
-    stats = jax.vmap(lambda _: jaxbn.init_batch_stats(4))(np.arange(models))
-    biases = np.stack([bias, bias, bias])
-
-    def loss(x, stats, scale, bias, dy):
-        y, stats = step(x, stats, scale, bias)
-        return (y * dy).sum(), stats
-
-    together = jax.jit(jax.vmap(jax.value_and_grad(loss, (0, 2, 3), has_aux=True)))
-    actual = together(x, stats, scales, biases, dy)
-    for i in range(models):
-        one = jax.tree.map(lambda v, i=i: v[i], (x, stats, scales, biases, dy))
-        expected = jax.value_and_grad(loss, (0, 2, 3), has_aux=True)(*one)
-        assert_close(jax.tree.map(lambda v, i=i: v[i], actual), expected, 1e-5)
-
-
-def test_scan_with_the_statistics_as_carry():
-    batches = sample((5, 8, 3), 0, dtype=np.float32)
-
-    def body(stats, x):
-        y, stats = jaxbn.batch_norm(x, stats, train=True, momentum=None)
-        return stats, y
-
-    stats, ys = jax.jit(lambda b: jax.lax.scan(body, jaxbn.init_batch_stats(3), b))(batches)
-    expected = jaxbn.init_batch_stats(3)
-    for x, y in zip(batches, ys, strict=True):
-        expected_y, expected = jaxbn.batch_norm(x, expected, train=True, momentum=None)
-        np.testing.assert_allclose(y, expected_y, atol=1e-6)
-    assert_close(stats, expected, 1e-6)
-    assert stats.count == 5
-
-
-@pytest.mark.parametrize(
-    "policy", [None, "nothing_saveable", "everything_saveable", "dots_saveable"]
-)
-def test_remat(policy):
-    x, scale, bias, dy = problem((8, 4), 1)
-    policy = policy and getattr(jax.checkpoint_policies, policy)
-
-    def loss(x, scale, bias):
-        return (jnp.sin(ours(x, scale, bias, 1)) * dy).sum()
-
-    remat = jax.checkpoint(loss, policy=policy)
-    actual = jax.jit(jax.grad(remat, (0, 1, 2)))(x, scale, bias)
-    assert_close(actual, jax.grad(loss, (0, 1, 2))(x, scale, bias), 1e-5)
-
-
 def test_named_values_keep_one_tensor_a_layer_and_repeat_no_reduction():
     x = sample((2, 8, 8, 4), 0, dtype=np.float32)
     kernels = sample((3, 3, 3, 4, 4), 1, 0.0, 0.2, np.float32)
@@ -232,28 +178,8 @@ def test_named_values_keep_one_tensor_a_layer_and_repeat_no_reduction():
     assert tensors_kept(network) == 1 + 3 + 2
 
 
-def test_train_may_be_traced():
-    x, scale, bias, dy = problem((8, 4), 1)
-    stats = jaxbn.BatchStats(bias + 2, np.abs(scale) + 1, jnp.int32(3))
-
-    def run(x, scale, bias, training):
-        y, new = jaxbn.batch_norm(x, stats, scale, bias, train=training)
-        return (y * dy).sum(), (y, new)
-
-    differentiated = jax.value_and_grad(run, (0, 1, 2), has_aux=True)
-    for training in (True, False):
-        expected = differentiated(x, scale, bias, training)
-        assert_close(jax.jit(differentiated)(x, scale, bias, jnp.array(training)), expected, 1e-5)
-        assert_close(differentiated(x, scale, bias, jnp.array(training)), expected, 0)
-    both = jax.vmap(lambda training: run(x, scale, bias, training)[1])(jnp.array([True, False]))
-    for i, training in enumerate((True, False)):
-        assert_close(
-            jax.tree.map(lambda v, i=i: v[i], both), run(x, scale, bias, training)[1], 1e-5
-        )
-
-
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [P("devices"), P(None, "devices"), P(None, None, "devices")])
+@pytest.mark.parametrize("spec", [P(None, "devices"), P(None, None, "devices")])
 def test_a_sharded_input_is_one_batch(spec, axis_type):
     x, scale, bias, dy = problem((16, 8, 4, 4), 1)
 
@@ -275,7 +201,7 @@ def test_a_sharded_input_is_one_batch(spec, axis_type):
     assert_close(actual, expected, 1e-5)
 
 
-def test_loops_and_shapes():
+def test_while_loop_over_the_statistics():
     x = sample((8, 3), 0, dtype=np.float32)
     start = jaxbn.init_batch_stats(3)
     body = lambda stats: jaxbn.batch_norm(x, stats, train=True)[1]  # noqa: E731
@@ -284,11 +210,6 @@ def test_loops_and_shapes():
     for _ in range(4):
         expected = body(expected)
     assert_close(stats, expected, 1e-6)
-    shapes = jax.eval_shape(lambda x: jaxbn.batch_norm(x, start, train=True), x)
-    actual = jaxbn.batch_norm(x, start, train=True)
-    assert jax.tree.map(lambda v: (v.shape, v.dtype), shapes) == jax.tree.map(
-        lambda v: (v.shape, v.dtype), actual
-    )
 
 
 def test_huge_and_symbolic_shapes():
