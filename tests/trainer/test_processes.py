@@ -156,7 +156,8 @@ def check_death(run, processes, victim):
     assert re.search(LOSS, reason)
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_death_of_one_ends_the_other(victim, mortal, images):
     processes = started(mortal, images)
     wait_for_an_epoch(mortal)
