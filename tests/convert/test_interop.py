@@ -35,7 +35,7 @@ def assert_same(actual, expected):
         np.testing.assert_array_equal(a, b)
 
 
-def assert_close(actual, expected, limit=1e-6):
+def assert_errors_within(actual, expected, limit=1e-6):
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert error(a, b) <= limit
 
@@ -116,12 +116,12 @@ def test_haiku(decay_rate, steps, options):
     layer.train(xs)
     stats = layer.statistics()
     assert stats.count == steps
-    assert_close(inference(x, stats, *layer.vectors), layer.evaluate(x))
+    assert_errors_within(inference(x, stats, *layer.vectors), layer.evaluate(x))
     back = interop.to_haiku(stats, initial, layer.module, decay_rate=decay_rate)
     for name, ema in layer.state.items():
         for key in ("average", "counter"):
             assert_same(back[name][key], ema[key])
-    assert_close(back, layer.state)
+    assert_errors_within(back, layer.state)
     assert_same(interop.from_haiku(back, layer.module), stats)
     np.testing.assert_array_equal(layer.evaluate(x, back), layer.evaluate(x))
 
@@ -137,10 +137,10 @@ def test_haiku_continues(decay_rate, steps):
     more = batches(5, 50, np.float64)
     layer.train(more)
     trained = layer.statistics()
-    assert_close(continued(stats, more, debiased(decay_rate)), trained, 1e-12)
+    assert_errors_within(continued(stats, more, debiased(decay_rate)), trained, 1e-12)
     layer.state = interop.to_haiku(stats, initial, layer.module, decay_rate=decay_rate)
     layer.train(more)
-    assert_close(layer.statistics(), trained, 1e-12)
+    assert_errors_within(layer.statistics(), trained, 1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -149,7 +149,7 @@ def test_haiku_from_the_first_batch():
     xs = batches(6, dtype=np.float64)
     layer.train(xs)
     initial = jaxbn.init_batch_stats(CHANNELS, np.float64)
-    assert_close(continued(initial, xs, debiased(0.9)), layer.statistics(), 1e-12)
+    assert_errors_within(continued(initial, xs, debiased(0.9)), layer.statistics(), 1e-12)
 
 
 def test_haiku_takes_statistics_that_it_did_not_make():
@@ -159,7 +159,7 @@ def test_haiku_takes_statistics_that_it_did_not_make():
     assert_same(state["other"], before["other"])
     assert before[f"{layer.module}/~/mean_ema"]["counter"] == 0
     x = batches(1)[0]
-    assert_close(layer.evaluate(x, state), inference(x, STATS, *layer.vectors))
+    assert_errors_within(layer.evaluate(x, state), inference(x, STATS, *layer.vectors))
 
 
 class Equinox:
@@ -219,15 +219,15 @@ def test_equinox(mode, momentum, steps):
     stats = layer.statistics()
     assert stats.count == (0 if mode == "ema" else steps)
     y = layer.evaluate(x)
-    assert_close(inference(x, stats, *layer.vectors), y)
+    assert_errors_within(inference(x, stats, *layer.vectors), y)
     before = layer.values
     layer.values = interop.to_equinox(stats, **layer.options)
     if mode == "ema":
         assert_same(layer.values, before)
     else:
         assert_same(layer.values[0], before[0])
-        assert_close(layer.values[1], before[1])
-    assert_close(layer.evaluate(x), y)
+        assert_errors_within(layer.values[1], before[1])
+    assert_errors_within(layer.evaluate(x), y)
 
 
 @pytest.mark.usefixtures("x64")
@@ -240,10 +240,10 @@ def test_equinox_continues(mode, weight, steps):
     more = batches(5, 50, np.float64)
     layer.train(more)
     trained = layer.statistics()
-    assert_close(continued(stats, more, weight(0.9))[:2], trained[:2], 1e-12)
+    assert_errors_within(continued(stats, more, weight(0.9))[:2], trained[:2], 1e-12)
     layer.values = interop.to_equinox(stats, **layer.options)
     layer.train(more)
-    assert_close(layer.statistics()[:2], trained[:2], 1e-12)
+    assert_errors_within(layer.statistics()[:2], trained[:2], 1e-12)
 
 
 @pytest.mark.parametrize("mode", ["ema", "batch"])
@@ -252,7 +252,7 @@ def test_equinox_takes_statistics_that_it_did_not_make(mode):
     stats = STATS._replace(count=jnp.int32(0)) if mode == "ema" else STATS
     layer.values = interop.to_equinox(stats, **layer.options)
     x = batches(1)[0]
-    assert_close(layer.evaluate(x), inference(x, stats, *layer.vectors))
+    assert_errors_within(layer.evaluate(x), inference(x, stats, *layer.vectors))
 
 
 def test_equinox_before_the_first_batch():
@@ -281,7 +281,7 @@ def test_keras(options, momentum, monkeypatch):
     stats = interop.from_keras(layer.get_weights())
     scale, bias = [None] * (2 - len(vectors)) + vectors
     y = np.asarray(layer(x, training=False))
-    assert_close(inference(x, stats, scale, bias, epsilon=1e-3), y)
+    assert_errors_within(inference(x, stats, scale, bias, epsilon=1e-3), y)
     before = layer.get_weights()
     layer.set_weights([*vectors, *interop.to_keras(stats)])
     assert_same(layer.get_weights(), before)
@@ -290,7 +290,7 @@ def test_keras(options, momentum, monkeypatch):
     for batch in more:
         layer(batch, training=True)
     expected = interop.from_keras(layer.get_weights())
-    assert_close(continued(stats, more, plain(momentum))[:2], expected[:2])
+    assert_errors_within(continued(stats, more, plain(momentum))[:2], expected[:2])
 
 
 def test_flax_needs_no_converter():
@@ -308,7 +308,7 @@ def test_flax_needs_no_converter():
     more = batches(5, seed=50)
     trained = train(variables, more)["batch_stats"]
     actual = continued(stats, more, plain(0.9))
-    assert_close([actual.mean, actual.var], [trained["mean"], trained["var"]])
+    assert_errors_within([actual.mean, actual.var], [trained["mean"], trained["var"]])
 
 
 def test_no_library_is_imported():
