@@ -9,10 +9,10 @@ from importlib.metadata import version as _version
 from jaxbn import interop as interop
 from jaxbn import torch as torch
 from jaxbn._batch_norm import batch_norm as batch_norm
-from jaxbn._derivative import CHECKPOINT_NAMES as CHECKPOINT_NAMES
-from jaxbn._fold import fold_into_conv as fold_into_conv
-from jaxbn._fold import fold_into_dense as fold_into_dense
-from jaxbn._fold_variables import fold_variables as fold_variables
+from jaxbn._core.derivative import CHECKPOINT_NAMES as CHECKPOINT_NAMES
+from jaxbn._folding.layers import fold_into_conv as fold_into_conv
+from jaxbn._folding.layers import fold_into_dense as fold_into_dense
+from jaxbn._folding.networks import fold_variables as fold_variables
 from jaxbn._moments import Moments as Moments
 from jaxbn._moments import batch_moments as batch_moments
 from jaxbn._moments import merge_moments as merge_moments

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._activation import Activation
 from jaxbn._checks import check_bool, check_momentum
-from jaxbn._devices import AxisIndexGroups, AxisName, spread
+from jaxbn._core.devices import AxisIndexGroups, AxisName, spread
 from jaxbn._normalize import batch_normalize, normalize
 from jaxbn._stats import BatchStats, checked_stats, update_batch_stats
 
@@ -31,7 +31,6 @@ def batch_norm(
     dtype: DTypeLike | None = None,
     axis_name: AxisName = None,
     axis_index_groups: AxisIndexGroups = None,
-    num_groups: int = 1,
     virtual_batch_size: int | None = None,
     mask: ArrayLike | None = None,
     activation: str | Activation | None = None,
@@ -63,10 +62,9 @@ def batch_norm(
         `jax.shard_map`: the batch is the one on all its devices.
       axis_index_groups: splits the indices along the one axis into groups of the same size, each of
         which has a batch of its own, for example `[[0, 1], [2, 3]]`.
-      num_groups: splits the samples (on one device, where an axis is named) into so many groups of
-        neighbours, each normalized by itself: ghost batch norm. The running statistics take the
-        merged moments.
-      virtual_batch_size: the same by the number of samples in a group.
+      virtual_batch_size: splits the samples (of each device, where an axis is named) into groups of
+        so many neighbours, each normalized by itself: ghost batch norm. The running statistics take
+        the merged moments. None for one group.
       mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere, NaN and
         infinity included, reaches no result and no derivative; the output there is zero.
       activation: applied to the output in the same pass: None, "relu", "leaky_relu", "silu", "gelu"
@@ -124,7 +122,6 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
         bias,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
-        num_groups=num_groups,
         virtual_batch_size=virtual_batch_size,
         **options,
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._devices import Devices, placed_like
+from jaxbn._core.devices import Devices, placed_like
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbn._checks import checked_input, checked_mask, statistics_dtype
-from jaxbn._devices import AxisIndexGroups, AxisName, checked_devices
-from jaxbn._shifted import Shifted, added, merged, shifted_moments
+from jaxbn._core.devices import AxisIndexGroups, AxisName, checked_devices
+from jaxbn._core.moments import Shifted, added, merged, shifted_moments
 
 
 class Moments(NamedTuple):

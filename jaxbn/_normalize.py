@@ -17,19 +17,12 @@ from jaxbn._checks import (
     checked_vector,
     statistics_dtype,
 )
-from jaxbn._derivative import (
-    Form,
-    Operands,
-    activated,
-    affine,
-    normalize_by_batch,
-    recomputed,
-    traced_once,
-)
-from jaxbn._devices import ALONE, AxisIndexGroups, AxisName, checked_devices
-from jaxbn._groups import by_group, checked_num_groups
+from jaxbn._core.derivative import normalize_by_batch
+from jaxbn._core.devices import AxisIndexGroups, AxisName, checked_devices
+from jaxbn._core.forward import Form, Operands, normalize_by_statistics, traced_once
+from jaxbn._core.moments import Shifted, added, merged
+from jaxbn._ghost import by_group, checked_groups
 from jaxbn._moments import Moments, unshifted
-from jaxbn._shifted import Shifted, added, merged
 
 
 def normalize(
@@ -95,26 +88,13 @@ def normalize(
     var = checked_vector(var, "var", x, axis)
     dtype = checked_dtype(dtype, x)
     wide = statistics_dtype(x.dtype, mean.dtype, var.dtype, dtype)
-    form = Form(axis, ALONE, epsilon, dtype, None)
+    form = Form(axis, epsilon, dtype)
     x, mask = checked_mask(mask, x)
     residual = checked_residual(residual, x, dtype)
     operands, form = _operands(x, scale, bias, mask, residual, activation, form, wide)
-    y: jax.Array = traced_once(_normalize, form)(operands, mean.astype(wide), var.astype(wide))
+    by_statistics = traced_once(normalize_by_statistics, form)
+    y: jax.Array = by_statistics(operands, mean.astype(wide), var.astype(wide))
     return y
-
-
-def _normalize(operands: Operands, mean: jax.Array, var: jax.Array, form: Form) -> jax.Array:
-    rstd = jax.lax.rsqrt(var + form.epsilon)
-    y: jax.Array = recomputed(_by_statistics, form=form)(operands, mean, rstd)
-    return y
-
-
-def _by_statistics(
-    operands: Operands, mean: jax.Array, rstd: jax.Array, *, form: Form
-) -> jax.Array:
-    x, mask, scale, bias, residual, constants = operands
-    z = affine(x, mask, mean, scale * rstd, bias, residual, axis=form.axis)
-    return activated(z, mask, constants, form)
 
 
 def batch_normalize(
@@ -127,7 +107,6 @@ def batch_normalize(
     dtype: DTypeLike | None = None,
     axis_name: AxisName = None,
     axis_index_groups: AxisIndexGroups = None,
-    num_groups: int = 1,
     virtual_batch_size: int | None = None,
     mask: ArrayLike | None = None,
     activation: str | Activation | None = None,
@@ -153,9 +132,8 @@ def batch_normalize(
         `jax.shard_map`: the batch is the one on all its devices.
       axis_index_groups: splits the indices along the one axis into groups of the same size, each of
         which has a batch of its own, for example `[[0, 1], [2, 3]]`.
-      num_groups: splits the samples (on one device, where an axis is named) into so many groups of
-        neighbours, each normalized by itself: ghost batch norm.
-      virtual_batch_size: the same by the number of samples in a group.
+      virtual_batch_size: splits the samples (of each device, where an axis is named) into groups of
+        so many neighbours, each normalized by itself: ghost batch norm. None for one group.
       mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere, NaN and
         infinity included, reaches no result and no derivative; the output there is zero.
       activation: applied to the output in the same pass: None, "relu", "leaky_relu", "silu", "gelu"
@@ -193,18 +171,18 @@ def batch_normalize(
     x, axis = checked_input(x, axis)
     dtype = checked_dtype(dtype, x)
     wide = statistics_dtype(x.dtype, dtype)
-    form = Form(axis, checked_devices(axis_name, axis_index_groups), epsilon, dtype, None)
+    form = Form(axis, epsilon, dtype, checked_devices(axis_name, axis_index_groups))
     x, mask = checked_mask(mask, x)
     residual = checked_residual(residual, x, dtype)
-    groups = checked_num_groups(num_groups, virtual_batch_size, x, axis)
+    groups = checked_groups(virtual_batch_size, x, axis)
 
     def by_batch(
         x: jax.Array, mask: jax.Array | None, residual: jax.Array | None
     ) -> tuple[jax.Array, Shifted]:
         check_values_per_channel(x, axis, form.devices)
         operands, applied = _operands(x, scale, bias, mask, residual, activation, form, wide)
-        y, batch = traced_once(normalize_by_batch, applied)(operands)
-        return y, Shifted(batch.shift, batch.delta, batch.var, batch.count)
+        y, moments, _ = traced_once(normalize_by_batch, applied)(operands)
+        return y, moments
 
     if groups == 1:
         y, moments = by_batch(x, mask, residual)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._checks import check_bool, check_momentum, checked_array
-from jaxbn._devices import placed_like
+from jaxbn._core.devices import placed_like
 from jaxbn._moments import Moments
 
 

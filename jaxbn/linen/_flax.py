@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 
 from jaxbn._activation import Activation
 from jaxbn._checks import checked_array
-from jaxbn._devices import AxisIndexGroups, AxisName
-from jaxbn._features import feature_axes
-from jaxbn._layer import check_channels, flax_layer
+from jaxbn._core.devices import AxisIndexGroups, AxisName
+from jaxbn._flax.features import feature_axes
+from jaxbn._flax.layer import check_channels, flax_layer
 from jaxbn.linen._variables import (
     running_statistics,
     scale_and_bias,
@@ -69,9 +69,8 @@ class BatchNorm(nn.Module):
         them) or a function.
       skip_nonfinite: leave the running statistics of a channel as they are where a batch has NaN or
         infinity in it.
-      num_groups: splits the samples of a training batch into so many groups of neighbours, each
-        normalized by itself: ghost batch norm. The running statistics take the merged moments.
-      virtual_batch_size: the same by the number of samples in a group.
+      virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
+        each normalized by itself: ghost batch norm. The running statistics take the merged moments.
 
     Raises:
       TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
@@ -111,7 +110,6 @@ class BatchNorm(nn.Module):
     force_float32_reductions: bool = True
     activation: str | Activation | None = None
     skip_nonfinite: bool = False
-    num_groups: int = 1
     virtual_batch_size: int | None = None
 
     @nn.compact

@@ -10,8 +10,8 @@ from jax.typing import ArrayLike
 
 from jaxbn._activation import Activation
 from jaxbn._checks import checked_float
-from jaxbn._devices import AxisIndexGroups, AxisName
-from jaxbn._layer import check_channels, check_layout, torch_layer
+from jaxbn._core.devices import AxisIndexGroups, AxisName
+from jaxbn._flax.layer import check_channels, check_layout, torch_layer
 from jaxbn._stats import BatchStats
 from jaxbn.linen._variables import (
     running_statistics,
@@ -41,7 +41,6 @@ class _TorchBatchNorm(nn.Module):
     activation: str | Activation | None = None
     skip_nonfinite: bool = False
     axis_index_groups: AxisIndexGroups = None
-    num_groups: int = 1
     virtual_batch_size: int | None = None
 
     layouts: ClassVar[tuple[str, ...]] = ()  # without the C, whose place is `axis`
@@ -133,9 +132,8 @@ class BatchNorm1d(_TorchBatchNorm):
         infinity in it.
       axis_index_groups: splits the indices along the one axis into groups of the same size, each of
         which has a batch of its own, for example `[[0, 1], [2, 3]]`.
-      num_groups: splits the samples of a training batch into so many groups of neighbours, each
-        normalized by itself: ghost batch norm. The running statistics take the merged moments.
-      virtual_batch_size: the same by the number of samples in a group.
+      virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
+        each normalized by itself: ghost batch norm. The running statistics take the merged moments.
 
     Raises:
       TypeError: the input is not real floating point.

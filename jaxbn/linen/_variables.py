@@ -9,7 +9,7 @@ import jax
 from flax.typing import Dtype
 
 from jaxbn._checks import statistics_dtype
-from jaxbn._layer import Running, mode
+from jaxbn._flax.layer import Running, mode
 from jaxbn._stats import init_batch_stats
 
 

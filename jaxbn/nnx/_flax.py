@@ -13,13 +13,13 @@ from jax.typing import ArrayLike
 
 from jaxbn._activation import Activation
 from jaxbn._checks import checked_array
-from jaxbn._devices import AxisIndexGroups, AxisName
-from jaxbn._layer import check_channels, flax_layer
+from jaxbn._core.devices import AxisIndexGroups, AxisName
+from jaxbn._flax.layer import check_channels, flax_layer
 from jaxbn._stats import init_batch_stats
-from jaxbn.nnx._variables import Layer, parameter, value
+from jaxbn.nnx._variables import BatchNormLayer, parameter, value
 
 
-class BatchNorm(Layer):
+class BatchNorm(BatchNormLayer):
     """Batch norm with the constructor, defaults and variables of `flax.nnx.BatchNorm`.
 
         train      y = (x − E[x]) · scale / √(Var[x] + epsilon) + bias
@@ -66,9 +66,8 @@ class BatchNorm(Layer):
         them) or a function.
       skip_nonfinite: leave the running statistics of a channel as they are where a batch has NaN or
         infinity in it.
-      num_groups: splits the samples of a training batch into so many groups of neighbours, each
-        normalized by itself: ghost batch norm. The running statistics take the merged moments.
-      virtual_batch_size: the same by the number of samples in a group.
+      virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
+        each normalized by itself: ghost batch norm. The running statistics take the merged moments.
 
     Raises:
       TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
@@ -116,7 +115,6 @@ class BatchNorm(Layer):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         activation: str | Activation | None = None,
         skip_nonfinite: bool = False,
-        num_groups: int = 1,
         virtual_batch_size: int | None = None,
     ) -> None:
         stats = init_batch_stats(num_features)
@@ -140,7 +138,6 @@ class BatchNorm(Layer):
         self.promote_dtype = promote_dtype
         self.activation = activation
         self.skip_nonfinite = skip_nonfinite
-        self.num_groups = num_groups
         self.virtual_batch_size = virtual_batch_size
 
     def __call__(

@@ -10,13 +10,13 @@ from jax.typing import ArrayLike
 
 from jaxbn._activation import Activation
 from jaxbn._checks import checked_float, statistics_dtype
-from jaxbn._devices import AxisIndexGroups, AxisName
-from jaxbn._layer import check_channels, check_layout, torch_layer
+from jaxbn._core.devices import AxisIndexGroups, AxisName
+from jaxbn._flax.layer import check_channels, check_layout, torch_layer
 from jaxbn._stats import BatchStats, init_batch_stats
-from jaxbn.nnx._variables import Layer, parameter, value
+from jaxbn.nnx._variables import BatchNormLayer, parameter, value
 
 
-class _TorchBatchNorm(Layer):
+class _TorchBatchNorm(BatchNormLayer):
     """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share: all but the layouts they take."""
 
     layouts: ClassVar[tuple[str, ...]] = ()  # without the C, whose place is `axis`
@@ -40,7 +40,6 @@ class _TorchBatchNorm(Layer):
         activation: str | Activation | None = None,
         skip_nonfinite: bool = False,
         axis_index_groups: AxisIndexGroups = None,
-        num_groups: int = 1,
         virtual_batch_size: int | None = None,
         rngs: nnx.Rngs,
     ) -> None:
@@ -63,7 +62,6 @@ class _TorchBatchNorm(Layer):
         self.activation = activation
         self.skip_nonfinite = skip_nonfinite
         self.axis_index_groups = axis_index_groups
-        self.num_groups = num_groups
         self.virtual_batch_size = virtual_batch_size
 
     def __call__(
@@ -145,9 +143,8 @@ class BatchNorm1d(_TorchBatchNorm):
         infinity in it.
       axis_index_groups: splits the indices along the one axis into groups of the same size, each of
         which has a batch of its own, for example `[[0, 1], [2, 3]]`.
-      num_groups: splits the samples of a training batch into so many groups of neighbours, each
-        normalized by itself: ghost batch norm. The running statistics take the merged moments.
-      virtual_batch_size: the same by the number of samples in a group.
+      virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
+        each normalized by itself: ghost batch norm. The running statistics take the merged moments.
       rngs: random numbers for the initializers.
 
     Raises:

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from jaxbn._layer import Running, mode
+from jaxbn._flax.layer import Running, mode
 
 
 def parameter(
@@ -29,7 +29,7 @@ def value(variable: Any) -> Any:
     return None if variable is None else variable[...]
 
 
-class Layer(nnx.Module):
+class BatchNormLayer(nnx.Module):
     """What all layers share: the choice of the mode, and where running statistics are kept."""
 
     use_running_average: bool | jax.Array | None

@@ -142,7 +142,9 @@ def test_groups_that_devices_hold_need_no_collective(groups, axis_type, place):
         def step(x, dy):
             scale, bias = jnp.ones(SHAPE[-1]), jnp.zeros(SHAPE[-1])
             y, pullback, stats = jax.vjp(
-                lambda x, scale, bias: ours(num_groups=groups)(x, scale, bias),
+                lambda x, scale, bias: ours(virtual_batch_size=whole(8)[0] // groups)(
+                    x, scale, bias
+                ),
                 x,
                 scale,
                 bias,

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import _shifted
+from jaxbn._core import moments as core_moments
 
 SHARD = (6, 3, 2)  # samples, positions, channels of one device
 NAMES = "y", "mean", "var", "count", "dx", "dscale", "dbias"
@@ -323,7 +323,7 @@ def test_one_value_on_each_of_two_devices_is_a_batch():
 @pytest.fixture
 def four_are_many(monkeypatch):
     """Four devices sum, twice, instead of gathering."""
-    monkeypatch.setattr(_shifted, "GATHERED", 3)
+    monkeypatch.setattr(core_moments, "GATHERED", 3)
     jax.clear_caches()  # of what was traced with another number
     yield
     jax.clear_caches()
@@ -340,7 +340,7 @@ def test_what_many_devices_do(way, inside):
 
 
 def test_many_devices():
-    devices = _shifted.GATHERED + 1
+    devices = core_moments.GATHERED + 1
     arguments, expected = case(devices, "uneven", np.float32, 1e6)
     check(run("vmap", (devices,), True, arguments), expected, tolerance(np.float32, 306))
 

@@ -211,7 +211,7 @@ def test_statistics_stay_where_they_are(types, spread):
 def test_layers(types):
     mesh = make_mesh(TYPES[types])
     x = problem(SHAPE, 1)[0]
-    layer = linen.BatchNorm2d(SHAPE[1], num_groups=4)
+    layer = linen.BatchNorm2d(SHAPE[1], virtual_batch_size=SHAPE[0] // 4)
     variables = layer.init(jax.random.key(0), x, True)
 
     @jax.jit

@@ -426,7 +426,7 @@ def test_what_complex_input_does_not_take():
     for options, call in (
         ({"activation": "relu"}, {}),
         ({}, {"residual": x}),
-        ({"num_groups": 2}, {}),
+        ({"virtual_batch_size": 4}, {}),
     ):
         module = linen.BatchNorm(use_running_average=False, dtype=jnp.complex64, **options)
         with pytest.raises(NotImplementedError, match="complex numbers takes no"):

@@ -217,7 +217,7 @@ CALLS = {
         {"activation": "silu", "virtual_batch_size": 2},
         lambda x, dtype: {"residual": jnp.cos(x).astype(dtype)},
     ),
-    "groups": ({"num_groups": 2}, lambda x, dtype: {}),
+    "groups": ({"virtual_batch_size": 4}, lambda x, dtype: {}),
 }
 CASES = [
     (pair, call) for i, pair in enumerate(PAIRS) for call in ("plain", ("masked", "fused")[i % 2])

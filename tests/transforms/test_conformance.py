@@ -86,7 +86,7 @@ def batch_normalized(state, x, scale, bias, train=True, axis_name=None, **option
 def grouped(state, x, scale, bias, train=True, axis_name=None):
     if axis_name is None:
         y, state = jaxbn.batch_norm(
-            x, state, scale, bias, train=train, num_groups=DEVICES, **fused(x)
+            x, state, scale, bias, train=train, virtual_batch_size=len(x) // DEVICES, **fused(x)
         )
     else:  # a group is what one device holds
         y, _ = jaxbn.batch_normalize(x, scale, bias, **fused(x))

@@ -56,7 +56,7 @@ def checked_devices(axis_name: AxisName, index_groups: AxisIndexGroups = None) -
         raise NotImplementedError(
             "`axis_index_groups` needs an axis of jax.pmap or jax.shard_map: JAX has no groups "
             f"along axes of jax.vmap, as {axis_name!r} is. Map two axes and name one of them, or "
-            "split the samples by `num_groups`."
+            "split the samples by `virtual_batch_size`."
         )
     return devices._replace(groups=_checked_index_groups(index_groups, size))
 

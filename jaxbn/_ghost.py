@@ -7,47 +7,40 @@ from typing import Any
 
 import jax
 
-from jaxbn._sums import reduced_axes
+from jaxbn._core.compilers import reduced_axes
 
 
-def checked_num_groups(
-    num_groups: int, virtual_batch_size: int | None, x: jax.Array, axis: int
-) -> int:
-    """How many groups of samples are normalized apart, from either way of saying it."""
-    if virtual_batch_size is not None and num_groups != 1:
-        raise ValueError(
-            "Give either `num_groups` or `virtual_batch_size`, the samples of a group; got "
-            f"{num_groups} and {virtual_batch_size}."
-        )
-    name, value = "num_groups", num_groups
-    if virtual_batch_size is not None:
-        name, value = "virtual_batch_size", virtual_batch_size
+def checked_groups(virtual_batch_size: int | None, x: jax.Array, axis: int) -> int:
+    """How many groups of `virtual_batch_size` samples are normalized apart."""
+    if virtual_batch_size is None:
+        return 1
+    value = virtual_batch_size
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be an int of at least 1; got {value!r}.")
+        raise ValueError(f"`virtual_batch_size` must be an int of at least 1; got {value!r}.")
     batch_axis = reduced_axes(x.ndim, axis)[:1]
     samples = math.prod(x.shape[i] for i in batch_axis)
-    if (num_groups == 1 and virtual_batch_size is None) or samples == 0:
+    if samples == 0:
         return 1
     if samples % value:
         raise ValueError(
-            f"`{name}` must divide the number of samples; got {value} for x.shape={x.shape}, "
-            f"{samples} samples. Pad the batch and mask what is padded."
+            f"`virtual_batch_size` must divide the number of samples; got {value} for x.shape="
+            f"{x.shape}, {samples} samples. Pad the batch and mask what is padded."
         )
-    groups = int(value if virtual_batch_size is None else samples // value)
+    groups = int(samples // value)
     shard = jax.typeof(x).sharding.shard_shape(x.shape)
     devices = samples // math.prod(shard[i] for i in batch_axis)
     if groups % devices:
         raise ValueError(
-            f"Groups may not extend over devices where the type of `x` spreads its samples over "
-            f"{devices} of them; got {groups} groups. Take a multiple of {devices}, or a mesh of "
-            "AxisType.Auto."
+            "A group may not extend over devices where the type of `x` spreads its samples over "
+            f"{devices} of them; got virtual_batch_size={value} for {samples // devices} samples "
+            "on each. Take a divisor of that, or a mesh of AxisType.Auto."
         )
     return groups
 
 
 def by_group(
     function: Callable[..., Any],
-    num_groups: int,
+    groups: int,
     axis: int,
     x: jax.Array,
     *others: jax.Array | None,
@@ -63,8 +56,8 @@ def by_group(
     def split(array: jax.Array | None) -> jax.Array | None:
         if array is None or array.shape[batch_axis] == 1:
             return array
-        samples = array.shape[batch_axis] // num_groups
-        shape = *array.shape[:batch_axis], num_groups, samples, *array.shape[batch_axis + 1 :]
+        samples = array.shape[batch_axis] // groups
+        shape = *array.shape[:batch_axis], groups, samples, *array.shape[batch_axis + 1 :]
         return array.reshape(shape)
 
     parts = tuple(map(split, (x, *others)))
@@ -72,6 +65,6 @@ def by_group(
         None if part is whole else batch_axis
         for part, whole in zip(parts, (x, *others), strict=True)
     )
-    mapped = jax.vmap(function, in_axes, (batch_axis, 0), axis_size=num_groups)
+    mapped = jax.vmap(function, in_axes, (batch_axis, 0), axis_size=groups)
     y, statistics = mapped(*parts)
     return y.reshape(x.shape), statistics

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxbn._fold import fold_into_conv, fold_into_dense
-from jaxbn._kernels import FLAX_LAYOUTS, Padding
+from jaxbn._folding.kernels import FLAX_LAYOUTS, Padding
+from jaxbn._folding.layers import fold_into_conv, fold_into_dense
 
 Tree = Mapping[Any, Any]
 Variables = TypeVar("Variables", bound=Tree)

@@ -10,24 +10,25 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxbn._devices import Devices, gathered, summed
-from jaxbn._sums import (
+from jaxbn._core.compilers import (
     Total,
-    expand,
+    apart,
+    everywhere,
     flattened,
     is_small,
-    is_tiny,
-    means,
+    may_be_spread,
     reduced_axes,
     rounded,
-    sum_in_pieces,
-    sum_of_few,
-    sum_over,
+    sums_in_pieces,
+    total_in_pieces,
     written_out,
 )
+from jaxbn._core.devices import ALONE, Devices, gathered, spread, summed
 
 # Devices. To gather is to wait once, where two sums wait twice; but what each gets grows with all.
 GATHERED = 16
+# Values, up to which a sum is nearly exact.
+ROW = 256
 
 
 class Shifted(NamedTuple):
@@ -43,11 +44,20 @@ class Shifted(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
 def shifted_moments(
-    x: jax.Array, mask: jax.Array | None, axis: int, devices: Devices, dtype: DTypeLike
+    x: jax.Array,
+    mask: jax.Array | None,
+    axis: int,
+    devices: Devices,
+    dtype: DTypeLike,
+    differentiated: bool = False,
 ) -> Shifted:
-    """Moments of `x` on all devices, in `dtype`; on `GATHERED` or fewer, in one collective."""
+    """Moments of `x` on all devices, in `dtype`; on `GATHERED` or fewer, in one collective.
+
+    Where they are `differentiated`, `delta` must be exact too: every value of a sum over the batch
+    is off by what the mean is off.
+    """
     masked, sharding = mask is not None, jax.typeof(x).sharding
     mesh, spec, vector = sharding.mesh, sharding.spec, PartitionSpec(sharding.spec[axis])
     spread = _names(spec[i] for i in reduced_axes(x.ndim, axis))
@@ -55,7 +65,9 @@ def shifted_moments(
     def local(x: jax.Array, mask: jax.Array | None) -> Shifted:
         # In the order of the mesh: every process must compile the same.
         names = tuple(name for name in mesh.axis_names if name in spread)
-        return _merged_across(_local_moments(x, mask, axis, dtype), masked, Devices(names))
+        return _merged_across(
+            _local_moments(x, mask, axis, dtype, differentiated), masked, Devices(names)
+        )
 
     if spread:  # The type of `x` tells where its parts are: each device takes its own.
         local = jax.shard_map(
@@ -73,31 +85,18 @@ def _shifted_moments_jvp(
     axis: int,
     devices: Devices,
     dtype: DTypeLike,
+    differentiated: bool,
     primals: tuple[jax.Array, jax.Array | None],
     tangents: tuple[jax.Array, object],
 ) -> tuple[Shifted, Shifted]:
     x, mask = primals
-    moments = shifted_moments(x, mask, axis, devices, dtype)
+    moments = shifted_moments(x, mask, axis, devices, dtype, True)
     dx = where_valid(mask, tangents[0]).astype(dtype)
     deviation = centered(x, mask, axis, moments.shift)
-    mean_dx, covariance = mean_and_covariance(
-        dx, deviation, moments.delta, moments.count, axis, devices
-    )
+    mean_dx, mean_product = means((dx, dx * deviation), moments.count, axis, devices)
+    covariance = mean_product - moments.delta * mean_dx
     constant = jax.tree.map(jnp.zeros_like, moments)
     return moments, constant._replace(delta=mean_dx, var=2 * covariance)
-
-
-def mean_and_covariance(
-    dx: jax.Array,
-    deviation: jax.Array,
-    delta: jax.Array,
-    count: jax.Array,
-    axis: int,
-    devices: Devices,
-) -> tuple[jax.Array, jax.Array]:
-    """`E[dx]` and `E[dx·(deviation − delta)]`, in one collective; twice it, the tangent of var."""
-    mean_dx, mean_product = written_out(dx, *means((dx, dx * deviation), count, axis, devices))
-    return mean_dx, mean_product - delta * mean_dx
 
 
 def merged(sets: Shifted, totals: Callable[..., Sequence[jax.Array]]) -> Shifted:
@@ -142,21 +141,75 @@ def _merged_across(local: Shifted, masked: bool, devices: Devices) -> Shifted:
     return merged(Shifted(*jnp.moveaxis(stacked, 1, 0), *counts), added)
 
 
-def _local_moments(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike) -> Shifted:
+def _local_moments(
+    x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike, differentiated: bool
+) -> Shifted:
     if mask is None:
         count = jnp.asarray(x.size // x.shape[axis], dtype)
     else:
         count = _valid_count(mask, x, axis, dtype)
-    if is_tiny(x):
-        return _moments(x, mask, count, axis=axis, parts=(1,), total=sum_of_few)
-    two, one = (1, 1) if is_small(x) else (16, 4), (_some_sixteenth(x, axis),)
-    on_a_cpu = functools.partial(_moments, axis=axis, parts=two, total=sum_in_pieces)
-    elsewhere = functools.partial(_moments, axis=axis, parts=one, total=sum_over)
+    about = functools.partial(_about_estimate, axis=axis)
+    if is_small(x):
+        return about(x, mask, count, parts=(1, 1), total=total_by_sample)
+    in_pieces = sums_in_pieces(jax.typeof(x), axis)
+    on_a_cpu = functools.partial(
+        about, parts=(16, 4), total=total_in_pieces if in_pieces else total
+    )
+    rows = _rows(x, axis) if differentiated else ()
+    if mask is None and not in_pieces and (rows or not differentiated) and not may_be_spread(x):
+        on_a_cpu = functools.partial(_about_zero, axis=axis, rows=rows, otherwise=on_a_cpu)
+    elsewhere = functools.partial(about, parts=(_some_sixteenth(x, axis),), total=total)
     moments: Shifted = jax.lax.platform_dependent(x, mask, count, cpu=on_a_cpu, default=elsewhere)
     return moments
 
 
-def _moments(
+def _about_zero(
+    x: jax.Array,
+    mask: None,
+    count: jax.Array,
+    *,
+    axis: int,
+    rows: tuple[int, ...],
+    otherwise: Callable[..., Shifted],
+) -> Shifted:
+    """Moments by `E[x²] − E[x]²` where that loses two bits at most: `E[x]² ≤ 3·var`.
+
+    Where it loses more in any channel, or where squares leave the range of floats, `otherwise`. The
+    mean is that of sums along the axes `rows`, whose roundings cancel each other; without them
+    `delta` is zero.
+    """
+    wide = x.astype(count.dtype)
+    sums = wide.sum(rows, keepdims=True)
+    mean, mean_square = means((sums, jnp.square(wide)), count, axis)
+    var = mean_square - jnp.square(mean)
+    safe = (jnp.square(mean) <= 3 * var) & (var > 1e-25) & (var < 1e25)
+    shift, delta = mean, spread(jnp.zeros_like(mean), jax.typeof(mean))
+    if rows:
+        length, info = x.size // sums.size, jnp.finfo(mean.dtype)
+        # Of so few bits that its products with the length are exact.
+        shift = jax.lax.reduce_precision(mean, info.nexp, info.nmant - length.bit_length())
+        (delta,) = means((sums - length * expand(shift, jax.typeof(x), axis),), count, axis)
+    plain = Shifted(shift, delta, var, count)
+    moments: Shifted = jax.lax.cond(
+        everywhere(safe), lambda x: plain, lambda x: otherwise(x, mask, count), x
+    )
+    return moments
+
+
+def _rows(x: jax.Array, axis: int) -> tuple[int, ...]:
+    """The last axes of positions, as many as have `ROW` values together; none where there are more.
+
+    Sums of so few values have errors that are small, and random from row to row.
+    """
+    axes = reduced_axes(x.ndim, axis)[1:]
+    return next((axes[i:] for i in range(len(axes)) if _size(x, axes[i:]) <= ROW), ())
+
+
+def _size(x: jax.Array, axes: Sequence[int]) -> int:
+    return math.prod(x.shape[i] for i in axes)
+
+
+def _about_estimate(
     x: jax.Array,
     mask: jax.Array | None,
     count: jax.Array,
@@ -172,21 +225,20 @@ def _moments(
     if mask is None and x.ndim > 2:
         x, axis = flattened(x, axis)
     estimate = jnp.zeros(x.shape[axis], count.dtype)
-    # A tiny array has one estimate, which must be good where means are large.
-    exact = sum_over if is_tiny(x) else total
     for part in parts:
         some, some_count = x, count
         if mask is None:
             some = _part(x, axis, part)
             some_count = jnp.asarray(some.size // some.shape[axis], count.dtype)
-        (left,) = means((centered(some, mask, axis, estimate),), some_count, axis, total=exact)
+        (left,) = means((centered(some, mask, axis, estimate),), some_count, axis, total=total)
         (estimate,) = written_out(x, rounded(estimate + rounded(left)))
-    deviation = centered(x, mask, axis, estimate)
-    delta, mean_square = means((deviation, jnp.square(deviation)), count, axis, total=total)
+    # Differences of their own: XLA's CPU compiler would write one out that both sums are made of.
+    deviation, same = (centered(x, mask, axis, v) for v in (estimate, apart(estimate, "cpu")))
+    delta, mean_square = means((deviation, jnp.square(same)), count, axis, total=total)
     # Rounding may leave a constant channel just below zero.
     var = jnp.maximum(mean_square - jnp.square(delta), 0)
     # The mean itself is the better shift from here on.
-    shift = rounded(estimate + rounded(delta))
+    (shift,) = written_out(x, rounded(estimate + rounded(delta)))
     return Shifted(shift, (estimate - shift) + delta, var, count)
 
 
@@ -196,9 +248,43 @@ def _names(entries: Iterable[Any]) -> set[str]:
     return {name for entry in entries for name in entry if name is not None}
 
 
+def total(x: jax.Array, axis: int) -> jax.Array:
+    """Sum of `x` over every axis but `axis`: shape `[C]`."""
+    return x.sum(reduced_axes(x.ndim, axis))
+
+
+def total_by_sample(x: jax.Array, axis: int) -> jax.Array:
+    """`total`, each sample by itself first: half of the sums that compilers add one by one."""
+    samples, *positions = reduced_axes(x.ndim, axis) or (0,)
+    return total(rounded(x.sum(positions, keepdims=True)), axis)
+
+
+def means(
+    arrays: Sequence[jax.Array],
+    count: jax.Array,
+    axis: int,
+    devices: Devices = ALONE,
+    total: Total = total,
+) -> tuple[jax.Array, ...]:
+    """The total of each array on all devices, over `count`; zero where there is nothing."""
+    sums = [total(x, axis) for x in arrays]
+    if devices.names:
+        sums = list(summed(jnp.stack(sums), devices))
+    return tuple(value / jnp.maximum(count, 1) for value in sums)
+
+
+def expand(vector: jax.Array, like: Any, axis: int) -> jax.Array:
+    """`vector` along `axis`, to broadcast against `like`, the type of an array."""
+    return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))
+
+
 def centered(x: jax.Array, mask: jax.Array | None, axis: int, shift: jax.Array) -> jax.Array:
-    """`x − shift`, in the dtype of the shift; zero where masked, whatever stands there."""
-    return where_valid(mask, x.astype(shift.dtype) - expand(shift, jax.typeof(x), axis))
+    """`x − shift`, in the dtype of the shift; zero where masked, whatever stands there.
+
+    Masked values are replaced before any arithmetic, so that NaN among them shows nowhere.
+    """
+    wide = where_valid(mask, x).astype(shift.dtype)
+    return where_valid(mask, wide - expand(shift, jax.typeof(x), axis))
 
 
 def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:
@@ -209,7 +295,7 @@ def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:
 def _valid_count(mask: jax.Array, x: jax.Array, axis: int, dtype: DTypeLike) -> jax.Array:
     """How many values of each channel the mask leaves, counted before it is broadcast: `[C]`."""
     axes = reduced_axes(x.ndim, axis)
-    repeats = math.prod(x.shape[i] for i in axes if mask.shape[i] == 1 != x.shape[i])
+    repeats = _size(x, [i for i in axes if mask.shape[i] == 1 != x.shape[i]])
     count = mask.sum(axes, dtype=jnp.int32).astype(dtype) * repeats
     return jnp.broadcast_to(count, (x.shape[axis],))
 

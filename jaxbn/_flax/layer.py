@@ -10,13 +10,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._batch_norm import batch_norm
 from jaxbn._checks import axis_hint, check_bool, checked_axis, statistics_dtype
-from jaxbn._complex import complex_batch_norm, complex_moments, complex_normalize
-from jaxbn._features import Features, feature_axes
+from jaxbn._flax.complex import complex_batch_norm, complex_moments, complex_normalize
+from jaxbn._flax.features import Features, feature_axes
 from jaxbn._moments import batch_moments
 from jaxbn._normalize import normalize
 from jaxbn._stats import BatchStats
 
-Layer = Any  # of Linen or of NNX, with the fields of the same names that are read here
+Module = Any  # of Linen or of NNX, with the fields of the same names that are read here
 Running = dict[str, jax.Array]
 
 # The moments of a batch, normalization by given ones, and the two composed.
@@ -30,7 +30,7 @@ def mode(inference: Any) -> Any:
     return jnp.logical_not(inference) if isinstance(inference, jax.core.Tracer) else not inference
 
 
-def check_layout(layer: Layer, shape: tuple[int, ...]) -> None:
+def check_layout(layer: Module, shape: tuple[int, ...]) -> None:
     """Refuses an input whose number of dimensions is in none of the layer's layouts."""
     checked_axis(shape, layer.axis)
     if len(shape) - 1 in map(len, layer.layouts):
@@ -48,7 +48,7 @@ def check_layout(layer: Layer, shape: tuple[int, ...]) -> None:
     )
 
 
-def check_channels(layer: Layer, shape: tuple[int, ...], features: tuple[int, ...]) -> None:
+def check_channels(layer: Module, shape: tuple[int, ...], features: tuple[int, ...]) -> None:
     """Refuses an input of other channels than the layer's variables are for."""
     channels = tuple(shape[axis] for axis in feature_axes(layer.axis, shape))
     if features in (channels, (math.prod(channels),)):
@@ -62,7 +62,7 @@ def check_channels(layer: Layer, shape: tuple[int, ...], features: tuple[int, ..
 
 
 def torch_layer(
-    layer: Layer,
+    layer: Module,
     x: jax.Array,
     running: Running,
     scale: jax.Array | None,
@@ -93,7 +93,7 @@ def torch_layer(
 
 
 def flax_layer(
-    layer: Layer,
+    layer: Module,
     x: jax.Array,
     running: Running,
     scale: jax.Array | None,
@@ -136,7 +136,7 @@ def flax_layer(
 
 
 def _layer(
-    layer: Layer,
+    layer: Module,
     x: jax.Array,
     running: Running,
     scale: jax.Array | None,
@@ -154,10 +154,7 @@ def _layer(
 ) -> tuple[jax.Array, Running]:
     fixed: dict[str, Any] = {"axis": axis, "epsilon": epsilon, "dtype": dtype, "mask": mask}
     fused: dict[str, Any] = {"activation": layer.activation, "residual": residual}
-    groups: dict[str, Any] = {
-        "num_groups": layer.num_groups,
-        "virtual_batch_size": layer.virtual_batch_size,
-    }
+    groups: dict[str, Any] = {"virtual_batch_size": layer.virtual_batch_size}
     of_batch, normalized, whole = REAL
     if jnp.issubdtype(dtype, jnp.complexfloating):
         _check_real_only(fused | groups)
@@ -186,7 +183,7 @@ def _layer(
 
 
 def _check_real_only(options: dict[str, Any]) -> None:
-    given = [k for k, v in options.items() if not (v is None or (isinstance(v, int) and v == 1))]
+    given = [name for name, value in options.items() if value is not None]
     if given:
         raise NotImplementedError(
             f"Batch norm of complex numbers takes no {', '.join(given)}. Apply an activation or "

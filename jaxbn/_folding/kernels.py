@@ -18,7 +18,7 @@ WITHOUT_ZEROS = ("VALID", "CIRCULAR", "REFLECT")
 BY_SIZE = ("SAME", "SAME_LOWER", "CAUSAL")  # none for kernels of one position
 
 
-class Layer(NamedTuple):
+class LinearLayer(NamedTuple):
     """A linear layer: its kernel's shape, the letters of the axes, and how channels are grouped.
 
     The groups lie along the axis O, or along I in a transposed convolution.
@@ -67,7 +67,7 @@ class Layer(NamedTuple):
 
 def checked_layer(
     shape: tuple[int, ...], layout: str, letters: str, groups: int = 1, transposed: bool = False
-) -> Layer:
+) -> LinearLayer:
     """The layer with a kernel of this shape, axes in space being some of `letters`."""
     letters_fit = (
         isinstance(layout, str)
@@ -93,10 +93,10 @@ def checked_layer(
             f"{'transposed ' if transposed else ''}convolution; got {groups} for kernel.shape="
             f"{shape}, of which {letter} is {size} in layout={layout!r}."
         )
-    return Layer(shape, layout, int(groups), bool(transposed))
+    return LinearLayer(shape, layout, int(groups), bool(transposed))
 
 
-def checked_channels(value: ArrayLike, name: str, layer: Layer, before: bool) -> jax.Array:
+def checked_channels(value: ArrayLike, name: str, layer: LinearLayer, before: bool) -> jax.Array:
     """`value` as an array, refused unless it has one number for each input or output channel."""
     vector = checked_float(value, name)
     size, other = layer.channels if before else layer.channels[::-1]
@@ -114,7 +114,7 @@ def checked_channels(value: ArrayLike, name: str, layer: Layer, before: bool) ->
     )
 
 
-def check_padding(padding: Padding | None, layer: Layer, before: bool) -> None:
+def check_padding(padding: Padding | None, layer: LinearLayer, before: bool) -> None:
     """No padding may stand between a batch norm and the convolution that it is folded into."""
     if padding is not None and (not before or layer.transposed):
         raise ValueError(

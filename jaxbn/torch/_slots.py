@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxbn._tensors import torch_axes
+from jaxbn.torch._tensors import torch_axes
 
 Shape = tuple[int, ...]
 Path = tuple[str, ...]
@@ -20,7 +20,7 @@ ENTRIES = {
 }
 
 
-class Layer(NamedTuple):
+class NamedLayer(NamedTuple):
     """A torch module and its Flax module."""
 
     prefix: str  # of its keys
@@ -38,7 +38,7 @@ class Slot(NamedTuple):
 
 def named_layers(
     prefix: str, names: Mapping[str, str] | None, transposed: Collection[str]
-) -> list[Layer]:
+) -> list[NamedLayer]:
     """The layers that `names` lists, or the only one, which has no name."""
     names, transposed = {"": ""} if names is None else names, set(transposed)
     if not isinstance(names, Mapping) or not all(isinstance(p, str) for p in names.values()):
@@ -54,7 +54,7 @@ def named_layers(
     if twice:
         raise ValueError(f"`names` must give each layer a path of its own; got twice: {twice}.")
     return [
-        Layer(
+        NamedLayer(
             prefix + name + "." if name else prefix,
             tuple(path.split("/")) if path else (),
             name in transposed,
@@ -74,7 +74,7 @@ def leaves(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any
 
 
 def slots_of_variables(
-    layers: list[Layer], variables: Mapping[str, Any]
+    layers: list[NamedLayer], variables: Mapping[str, Any]
 ) -> tuple[dict[str, Slot], list[str]]:
     """What a model asks for, and the paths of the variables that no layer has."""
     trees = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
@@ -98,7 +98,7 @@ def slots_of_variables(
     return slots, [f'"{"/".join(path)}"' for path in shapes if path not in covered]
 
 
-def slots_of_entries(layers: list[Layer], entries: Mapping[str, Any]) -> dict[str, Slot]:
+def slots_of_entries(layers: list[NamedLayer], entries: Mapping[str, Any]) -> dict[str, Slot]:
     """What a dict asks of itself: each layer has entries, and they are of one module of torch."""
     slots = {}
     for layer in layers:

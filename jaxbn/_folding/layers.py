@@ -7,9 +7,15 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbn._checks import check_bool, checked_float, statistics_dtype
-from jaxbn._kernels import Layer, Padding, check_padding, checked_channels, checked_layer
+from jaxbn._core.moments import total
+from jaxbn._folding.kernels import (
+    LinearLayer,
+    Padding,
+    check_padding,
+    checked_channels,
+    checked_layer,
+)
 from jaxbn._normalize import normalize
-from jaxbn._sums import sum_over
 
 
 def fold_into_conv(
@@ -158,7 +164,7 @@ def _fold(
     scale: ArrayLike | None,
     bias: ArrayLike | None,
     epsilon: float,
-    layer: Layer,
+    layer: LinearLayer,
     before: bool,
 ) -> tuple[jax.Array, jax.Array]:
     mean, var = (checked_channels(v, n, layer, before) for n, v in (("mean", mean), ("var", var)))
@@ -181,7 +187,7 @@ def _fold(
     if before:
         constant = normalized(zeros).reshape(layer.groups, -1)
         shares = jnp.moveaxis(parts * constant[:, :, None], -2, 0).reshape(-1, outputs)
-        parts, offset = parts * slope[:, :, None], offset + sum_over(shares, axis=1)
+        parts, offset = parts * slope[:, :, None], offset + total(shares, axis=1)
     else:
         parts, offset = parts * slope[:, None, :], normalized(offset)
     return layer.joined(parts).astype(kernel.dtype), offset.astype(kernel_bias.dtype)

@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._slots import (
+from jaxbn.torch._slots import (
     ENTRIES,
-    Layer,
+    NamedLayer,
     Slot,
     leaves,
     named_layers,
     slots_of_entries,
     slots_of_variables,
 )
-from jaxbn._tensors import (
+from jaxbn.torch._tensors import (
     Array,
     as_array,
     check_statistics,
@@ -184,7 +184,7 @@ def to_state_dict(
     }
 
 
-def _agree_on_counts(layers: list[Layer], slots: dict[str, Slot], entries: Tree) -> None:
+def _agree_on_counts(layers: list[NamedLayer], slots: dict[str, Slot], entries: Tree) -> None:
     """A model that keeps no count needs none; that of an old file begins at 0."""
     for layer in layers:
         key = layer.prefix + "num_batches_tracked"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._checks import check_values_per_channel, checked_mask
-from jaxbn._devices import AxisIndexGroups, AxisName, checked_devices
+from jaxbn._core.devices import AxisIndexGroups, AxisName, checked_devices
 from jaxbn._moments import Moments, batch_moments
 from jaxbn._normalize import normalize
 from jaxbn._stats import BatchStats, update_batch_stats

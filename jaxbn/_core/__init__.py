@@ -1,0 +1,1 @@
+"""The numerics: moments, normalization, the derivative rule, and what devices tell each other."""

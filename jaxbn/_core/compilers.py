@@ -1,0 +1,189 @@
+"""What compilers need beside the formulas: forms for the sake of one compiler, each with its reason.
+
+XLA's CPU compiler takes a sum, and the elementwise arithmetic of float32 in front of it, in one fast
+loop, provided that nothing else uses what is summed. It does not so with conversions from float16
+and bfloat16, which it writes out: `total_in_pieces` and `expand_in_pieces` are for those.
+`benchmarks/README.md` has the measurements, on the oldest and on the newest JAX.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.custom_batching
+import jax.numpy as jnp
+
+from jaxbn._core.devices import spread
+
+# Elements, up to which memory traffic does not matter, and one form serves all platforms.
+SMALL = 2**15
+# Channels, below which rows are too short for loops over pieces of them.
+NARROW = 32
+
+# A sum over every axis but one.
+Total = Callable[[jax.Array, int], jax.Array]
+
+
+def reduced_axes(ndim: int, axis: int) -> tuple[int, ...]:
+    """Every axis but the channel axis."""
+    return tuple(i for i in range(ndim) if i != axis)
+
+
+def is_small(x: Any) -> bool:
+    """Whether an array is small enough to be handled with no regard to memory, or of unknown size.
+
+    `jax.export` may have sizes that are no int.
+    """
+    return not isinstance(x.size, int) or x.size <= SMALL
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """`x` with one bit less, so that compilers cannot fuse what it is made of into what uses it.
+
+    A product fused with the next difference is not rounded, and a shift would be another number
+    at each place where it comes off.
+    """
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant - 1)
+
+
+def apart(x: jax.Array, *platforms: str) -> jax.Array:
+    """`x`, without these platforms' compilers knowing that it is the same array as before."""
+    barriers = dict.fromkeys(platforms, jax.lax.optimization_barrier)
+    copy: jax.Array = jax.lax.platform_dependent(x, **barriers, default=lambda x: x)
+    return copy
+
+
+@jax.custom_batching.custom_vmap
+def everywhere(condition: jax.Array) -> jax.Array:
+    """Whether a condition holds in every channel; False under `jax.vmap`.
+
+    A branch that depends on data is both branches there.
+    """
+    return condition.all()
+
+
+@everywhere.def_vmap
+def _(axis_size: int, in_batched: Any, condition: jax.Array) -> tuple[jax.Array, bool]:
+    return jnp.array(False), False
+
+
+def written_out(like: Any, *vectors: jax.Array) -> tuple[jax.Array, ...]:
+    """The vectors, computed once on a CPU, and so are their cotangents.
+
+    XLA would compute them inside of the loops over a large array that use them, for every element
+    anew. It does not so with a reduction: of each vector and zeros, and in the transpose as well.
+    """
+    if is_small(like) or any(is_placed(jax.typeof(v)) for v in (like, *vectors)):
+        return vectors
+
+    def by_reduction(stack: jax.Array) -> jax.Array:
+        zeros = ((0, 1, 0), (0, 0, 0), (0, 0, 0))
+        summed = jax.lax.pad(stack[None], jnp.zeros((), stack.dtype), zeros).sum(0)
+        return jax.lax.broadcast_in_dim(summed, (2, *summed.shape), (1, 2))[0]
+
+    stack = jax.lax.platform_dependent(
+        jnp.stack(vectors), cpu=by_reduction, default=lambda stack: stack
+    )
+    return tuple(stack)
+
+
+def total_in_pieces(x: jax.Array, axis: int) -> jax.Array:
+    """Sum of `x` over every axis but `axis`, for a CPU and whatever `x` is computed of.
+
+    The pieces are added up, `x[:, :p] + x[:, p:2p] + …`, in one elementwise pass with everything in
+    front of it, which leaves a fraction to XLA's reduction.
+    """
+    pieces = _pieces(jax.typeof(x), axis)
+    if pieces == 1:
+        return x.sum(reduced_axes(x.ndim, axis))
+    x, axis = flattened(x, axis)
+    split = 3 - axis
+    size = x.shape[split] // pieces
+    parts = (jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=split) for i in range(pieces))
+    # Rounded, or the compiler takes the additions for a part of its reduction.
+    return rounded(functools.reduce(jnp.add, parts)).sum(reduced_axes(3, axis))
+
+
+def expand_in_pieces(vector: jax.Array, like: Any, axis: int) -> jax.Array:
+    """`vector` at every position of an array; its transpose is `total_in_pieces` on a CPU."""
+    pieces = _pieces(like, axis)
+
+    def whole(vector: jax.Array) -> jax.Array:
+        return jax.lax.broadcast_in_dim(vector, like.shape, (axis,))
+
+    def in_pieces(vector: jax.Array) -> jax.Array:
+        shape, flat_axis = _flat(like.shape, axis)
+        split = 3 - flat_axis
+        shape[split] //= pieces
+        piece = rounded(jax.lax.broadcast_in_dim(vector, shape, (flat_axis,)))
+        return jnp.concatenate([piece] * pieces, split).reshape(like.shape)
+
+    expanded: jax.Array = jax.lax.platform_dependent(
+        spread(vector, like), cpu=in_pieces, default=whole
+    )
+    return expanded
+
+
+def sums_in_pieces(x: Any, axis: int) -> bool:
+    """Whether a CPU is faster by sums in pieces, of what is computed of a batch of this type."""
+    return x.dtype.itemsize <= 2 and _pieces(x, axis) > 1
+
+
+def _pieces(x: Any, axis: int) -> int:
+    """Into how many pieces the positions of each sample are split; 1 for a sum in one go.
+
+    Samples stay together, since they may be spread over devices. Nothing is split where the type of
+    `x` says that it is spread.
+    """
+    if is_small(x) or not _adjacent(x.ndim, axis) or is_placed(x):
+        return 1
+    if x.ndim == 2 and x.shape[axis] < NARROW:
+        return 1
+    shape, axis = _flat(x.shape, axis)
+    return next((n for n in range(8, 1, -1) if shape[3 - axis] % n == 0), 1)
+
+
+def flattened(x: jax.Array, axis: int) -> tuple[jax.Array, int]:
+    """`x` with the positions of each sample along one axis, if that moves nothing; its `axis`."""
+    if not _adjacent(x.ndim, axis) or is_placed(jax.typeof(x)):
+        return x, axis
+    shape, axis = _flat(x.shape, axis)
+    return x.reshape(shape), axis
+
+
+def _adjacent(ndim: int, axis: int) -> bool:
+    """Whether the samples are first and the axes of the positions neighbours."""
+    return ndim > 1 and axis in (1, ndim - 1)
+
+
+def _flat(shape: tuple[int, ...], axis: int) -> tuple[list[int], int]:
+    """The shape of a batch with the positions of each sample along one axis; its `axis`.
+
+    Where a sample has one position, 8 neighbours are taken for one sample; in multiples of 64, so
+    that they stay together where the batch is spread over up to 8 devices.
+    """
+    if len(shape) == 2:
+        neighbours = 1 if shape[0] % 64 else 8
+        return [shape[0] // neighbours, neighbours, shape[1]], 2
+    positions = math.prod(shape[i] for i in reduced_axes(len(shape), axis)[1:])
+    if axis == 1:
+        return [shape[0], shape[1], positions], 1
+    return [shape[0], positions, shape[axis]], 2
+
+
+def is_placed(x: Any) -> bool:
+    """Whether the type `x` says that arrays of it are spread over devices."""
+    return any(x.sharding.spec)
+
+
+def may_be_spread(x: jax.Array) -> bool:
+    """Whether the mesh that is set, or the type of `x`, has devices to spread `x` over.
+
+    What depends on values in all channels then takes one more collective.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = (mesh.shape[name] for name in mesh.axis_names if name not in mesh.manual_axes)
+    return math.prod(sizes) > 1 or is_placed(jax.typeof(x))

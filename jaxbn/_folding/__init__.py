@@ -1,0 +1,1 @@
+"""Batch norm folded into linear layers: their shapes, one layer, whole networks."""

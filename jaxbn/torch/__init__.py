@@ -1,0 +1,4 @@
+"""PyTorch's `state_dict`s as Flax variables, and back; torch itself is never imported."""
+
+from jaxbn.torch._state_dict import from_state_dict as from_state_dict
+from jaxbn.torch._state_dict import to_state_dict as to_state_dict
