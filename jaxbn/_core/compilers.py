@@ -1,9 +1,8 @@
-"""What compilers need beside the formulas: forms for the sake of one compiler, each with its reason.
+"""Forms that exist for the sake of one compiler, each with its reason.
 
-XLA's CPU compiler takes a sum, and the elementwise arithmetic of float32 in front of it, in one fast
-loop, provided that nothing else uses what is summed. It does not so with conversions from float16
-and bfloat16, which it writes out: `total_in_pieces` and `expand_in_pieces` are for those.
-`benchmarks/README.md` has the measurements, on the oldest and on the newest JAX.
+XLA's CPU compiler runs a sum, and the float32 arithmetic in front of it, as one fast loop if nothing
+else uses that arithmetic. It writes out conversions from float16 and bfloat16, and what a sum shares
+with other code. `benchmarks/README.md` has the measurements, on the oldest and the newest JAX.
 """
 
 import functools

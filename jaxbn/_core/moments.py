@@ -255,7 +255,7 @@ def total(x: jax.Array, axis: int) -> jax.Array:
 
 def total_by_sample(x: jax.Array, axis: int) -> jax.Array:
     """`total`, each sample by itself first: half of the sums that compilers add one by one."""
-    samples, *positions = reduced_axes(x.ndim, axis) or (0,)
+    positions = reduced_axes(x.ndim, axis)[1:]
     return total(rounded(x.sum(positions, keepdims=True)), axis)
 
 

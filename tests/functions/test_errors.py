@@ -382,7 +382,7 @@ CASES = {
     "virtual batch without samples": (
         lambda: jaxbn.batch_normalize(V3, virtual_batch_size=3),
         ValueError,
-        "`virtual_batch_size` must divide the number of samples; got 3 for x.shape=(3,), 1 samples.",
+        "`virtual_batch_size` must divide the number of samples; got 3 for x.shape=(3,), 1 samples",
     ),
     "virtual batch larger than the batch": (
         lambda: train(virtual_batch_size=16),

@@ -38,7 +38,7 @@ def low(x, dtype):
 
 
 def assert_rounded_once(y, wide):
-    """`y` is `wide` rounded to nearest; where that lies on an edge, float32 may fall to each side."""
+    """`y` is `wide` rounded to nearest, give or take the error of float32."""
     exact = np.asarray(wide, np.float64)
     half = np.float64(np.spacing(np.abs(np.asarray(wide).astype(y.dtype)))) / 2
     assert (np.abs(np.float64(y) - exact) <= half + 1e-6 * np.abs(exact).max()).all()
