@@ -1,5 +1,6 @@
 """What float32 input is worth: the guaranteed errors, whatever the mean, the data and the size."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -12,6 +13,7 @@ from helpers.numpy_reference import error, evaluate, per_channel, problem, sampl
 from helpers.steps import train_step
 
 import jaxbn
+from jaxbn._core import moments
 from jaxbn._core.compilers import flattened
 from jaxbn._core.moments import _part, _some_sixteenth
 
@@ -92,14 +94,14 @@ def errors(x, axis, step):
     """
     scale, bias, dy = parameters(x.shape, axis)
     expected = train(x, scale, bias, dy, axis)
-    y, moments, dx, dscale, dbias, _ = step(x, scale, bias, dy)
+    y, found, dx, dscale, dbias, _ = step(x, scale, bias, dy)
     parts = (expected.y - per_channel(bias, x.ndim, axis)) / per_channel(scale, x.ndim, axis) * dy
     others = tuple(i for i in range(x.ndim) if i != axis)
     # Of a constant channel the variance must be zero.
     size = np.maximum(expected.var, np.finfo(np.float32).tiny)
     return {
         "y": error(y, expected.y),
-        "var": np.max(np.abs(np.float64(moments.var) - expected.var) / size),
+        "var": np.max(np.abs(np.float64(found.var) - expected.var) / size),
         "dx": error(dx, expected.dx),
         "dbias": error(dbias, expected.dbias),
         "dscale": error(dscale, expected.dscale),
@@ -217,8 +219,8 @@ def test_constant_channels(platform, layout, value):
     shape, axis = LAYOUTS[layout]
     x = np.full(shape, value, np.float32)
     scale, bias, dy = parameters(shape, axis)
-    y, moments, *gradients = steps(platform)[shape, axis](x, scale, bias, dy)
-    var = np.asarray(moments.var, np.float64)
+    y, found, *gradients = steps(platform)[shape, axis](x, scale, bias, dy)
+    var = np.asarray(found.var, np.float64)
     assert (var >= 0).all()
     assert (var <= 1e-12 * np.float64(x).max() ** 2).all()
     assert all(np.isfinite(v).all() for v in (y, *gradients[:3]))
@@ -229,9 +231,9 @@ def test_constant_channels(platform, layout, value):
 def test_moments_alone_are_as_exact():
     for ratio in (0, 1e4, 1e6):
         x = sample((32, 28, 28, 16), 0, ratio, 1.0, np.float32)
-        moments = jaxbn.batch_moments(x)
-        np.testing.assert_allclose(moments.var, np.float64(x).var((0, 1, 2)), rtol=2e-6)
-        np.testing.assert_allclose(moments.mean, np.float64(x).mean((0, 1, 2)), 2e-7, 2e-7)
+        found = jaxbn.batch_moments(x)
+        np.testing.assert_allclose(found.var, np.float64(x).var((0, 1, 2)), rtol=2e-6)
+        np.testing.assert_allclose(found.mean, np.float64(x).mean((0, 1, 2)), 2e-7, 2e-7)
 
 
 @functools.partial(jax.jit, static_argnames=("mode", "axis"))
@@ -264,3 +266,92 @@ def test_small_arrays(shape, axis, mode):
         actual = one_step(x, scale, bias, mean, var, dy, mode, axis)
         errors = {name: error(value, getattr(exact, name)) for name, value in actual.items()}
         assert_within(errors, dict.fromkeys(errors, 1e-6))
+
+
+BRANCHES = {
+    "NHWC": ((8, 28, 28, 16), 3),
+    "NCHW": ((32, 16, 14, 14), 1),
+    "NLC of long rows": ((4, 1000, 16), 2),
+    "NC": ((4096, 16), 1),
+    "a thousand channels": ((4, 7, 7, 1000), 3),
+}
+# One entry for each time that moments about an estimate were computed, where that is watched.
+EXACT = []
+
+
+@contextlib.contextmanager
+def watched():
+    """What is compiled in here tells when it computes moments about an estimate."""
+    original = moments._about_estimate
+
+    def about_estimate(*arguments, **options):
+        jax.debug.callback(lambda: EXACT.append(True))
+        return original(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moments, "_about_estimate", about_estimate)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+    EXACT.clear()
+
+
+@functools.cache
+def watched_steps(shape, axis):
+    """`train_step`, and the forward pass alone."""
+    operands = np.float32(normal(shape)), *parameters(shape, axis)
+    forward = jax.jit(functools.partial(jaxbn.batch_normalize, axis=axis))
+    with watched():
+        step = train_step.lower(*operands, axis=axis).compile()
+        return step, forward.lower(*operands[:3]).compile()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kind"),
+    [
+        *((ratio, "all alike") for ratio in (0.0, 1.0, 1.4, 1.9, 3.0, 3.87, 4.0, 10.0)),
+        *itertools.product((0.0, 3.0), ("one far channel", "constant channel", "tiny")),
+    ],
+)
+@pytest.mark.parametrize("layout", BRANCHES)
+def test_both_branches_of_a_cpu_keep_the_guarantee(layout, ratio, kind):
+    shape, axis = BRANCHES[layout]
+    x = np.moveaxis(normal(shape) + ratio, axis, -1)
+    if kind == "one far channel":
+        x[..., 1] += 10
+    elif kind == "constant channel":
+        x[..., 1] = 7
+    elif kind == "tiny":
+        x = x * 1e-14
+    x = np.ascontiguousarray(np.moveaxis(x, -1, axis), np.float32)
+    step, forward = watched_steps(shape, axis)
+    EXACT.clear()
+    assert_within(errors(x, axis, step), GUARANTEE)
+    # Without short rows plain sums are not exact enough for gradients.
+    unsafe = ratio**2 > 3 or kind != "all alike"
+    assert len(EXACT) == (unsafe or layout in ("NLC of long rows", "NC"))
+
+    EXACT.clear()
+    scale, bias, dy = parameters(shape, axis)
+    y, found = jax.block_until_ready(forward(x, scale, bias))
+    expected = train(x, scale, bias, dy, axis)
+    assert error(y, expected.y) <= GUARANTEE["y"]
+    size = np.maximum(expected.var, np.finfo(np.float32).tiny)
+    assert (np.abs(found.var - expected.var) / size).max() <= GUARANTEE["var"]
+    assert len(EXACT) == unsafe
+
+
+@pytest.mark.parametrize("how", ["mask", "vmap", "virtual batches", "float16"])
+def test_what_takes_no_plain_sums(how):
+    x = normal((8, 28, 28, 16)).astype(np.float32)
+    with watched():
+        if how == "mask":
+            jaxbn.batch_moments(x, mask=x > -1)
+        elif how == "vmap":
+            jax.vmap(jaxbn.batch_moments)(np.stack([x, x]))
+        elif how == "virtual batches":
+            jaxbn.batch_normalize(x, virtual_batch_size=4)
+        else:
+            jaxbn.batch_moments(x.astype(np.float16))
+        jax.effects_barrier()
+        assert EXACT
