@@ -273,7 +273,7 @@ BRANCHES = {
     "NCHW": ((32, 16, 14, 14), 1),
     "NLC of long rows": ((4, 1000, 16), 2),
     "NC": ((4096, 16), 1),
-    "a thousand channels": ((4, 7, 7, 1000), 3),
+    "a thousand channels": ((32, 7, 7, 1000), 3),
 }
 # One entry for each time that moments about an estimate were computed, where that is watched.
 EXACT = []
