@@ -33,13 +33,13 @@ part() {
 all_parts() {
     local status=0
     nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem --format=csv
-    part 250 benchmarks/bench_gpu.py --csv $results/gpu_layer.csv || status=1
-    part 80 benchmarks/bench_gpu.py --libraries jaxbn torch.compile --dtypes bfloat16 \
+    part 250 -m benchmarks.timing.bench_gpu --csv $results/gpu_layer.csv || status=1
+    part 80 -m benchmarks.timing.bench_gpu --libraries jaxbn torch.compile --dtypes bfloat16 \
         --passes forward+backward --csv $results/gpu_compile.csv || status=1
-    part 110 benchmarks/bench_network.py --batch 64 --repetitions 10 --libraries jaxbn flax.linen \
+    part 110 -m benchmarks.timing.bench_network --batch 64 --repetitions 10 --libraries jaxbn flax.linen \
         --networks resnet20 56×56×256 14×14×1024 --dtypes bfloat16 float32 \
         --csv $results/gpu_network.csv --plot $results/gpu_network.png || status=1
-    part 40 benchmarks/memory.py --csv $results/gpu_memory.csv --plot $results/gpu_memory.png || status=1
+    part 40 -m benchmarks.compiled.memory --csv $results/gpu_memory.csv --plot $results/gpu_memory.png || status=1
     return $status
 }
 

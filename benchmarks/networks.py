@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import libraries
+
+from benchmarks import libraries
 
 Layers = Callable[[str], libraries.Layer]
 Params = dict[str, Any]

@@ -6,17 +6,14 @@ import importlib.util
 import itertools
 import shlex
 
-import bench_layer
 import jax
-import layer_problems
-import layer_tables
-import libraries
-import measuring
 import numpy as np
-import peer_torch
 import pytest
-import referee
 from helpers import numpy_reference
+
+from benchmarks import libraries, measuring
+from benchmarks.accuracy import referee
+from benchmarks.timing import bench_layer, layer_problems, layer_tables, peer_torch
 
 # Of nine, so that every case and every pass has both.
 PROBLEMS = [

@@ -2,16 +2,13 @@
 
 import csv
 
-import bench_gpu
-import bench_network
 import jax
-import layer_problems
-import libraries
-import memory
-import networks
 import numpy as np
 import pytest
-import small_layers
+
+from benchmarks import libraries, networks
+from benchmarks.compiled import memory
+from benchmarks.timing import bench_gpu, bench_network, layer_problems, small_layers
 
 pytestmark = [
     pytest.mark.slow,

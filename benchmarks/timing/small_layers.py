@@ -1,6 +1,6 @@
 """What a small layer costs beside its arithmetic: compilation, calls, the size of the program.
 
-    python benchmarks/small_layers.py            # results/small_layers.csv
+    python -m benchmarks.timing.small_layers  # results/small_layers.csv
 
 jaxbn beside Flax, Linen and NNX; on a layer of 8 channels and 32 samples, forward and backward: the
 time to trace, to lower and to compile (caches cleared, in turns), the time of a call of the
@@ -19,7 +19,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import measuring
 import numpy as np
 from flax import nnx
 from rich.box import MARKDOWN
@@ -28,6 +27,7 @@ from rich.table import Table
 
 import jaxbn.linen
 import jaxbn.nnx
+from benchmarks import measuring
 
 CHANNELS, SAMPLES, DEPTH = 8, 32, 50
 DENSE = ((128, 64), (256, 256), (1024, 1024), (1000, 1000), (65536, 64))  # samples, channels

@@ -1,8 +1,8 @@
 """Batch norm layers on a GPU, timed on the device: the twelve shapes of ResNet-50, and copies.
 
-    benchmarks/gpu.sh                                             # all GPU benchmarks, 8 minutes
-    python benchmarks/bench_gpu.py --batch 256                    # this one alone
-    python benchmarks/bench_gpu.py --device cpu --quick           # a trial of the program
+    benchmarks/gpu.sh                                  # all GPU benchmarks, 8 minutes
+    python -m benchmarks.timing.bench_gpu --batch 256  # this one alone
+    python -m benchmarks.timing.bench_gpu --device cpu --quick  # a trial of the program
 
 A JAX library compiles five steps into one module, torch puts five into one CUDA graph: its own
 kernels for bfloat16, cuDNN's for float16 with float32 parameters, and what torch.compile makes.
@@ -22,17 +22,23 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import bench_layer
 import jax
 import jax.numpy as jnp
-import layer_tables
-import libraries
-import measuring
 import numpy as np
-import peer_torch
-from layer_problems import DTYPES, LAYOUTS, PASSES, RESNET50, Problem, arrays, error
-from layer_tables import Row
 from rich.console import Console
+
+from benchmarks import libraries, measuring
+from benchmarks.timing import bench_layer, layer_tables, peer_torch
+from benchmarks.timing.layer_problems import (
+    DTYPES,
+    LAYOUTS,
+    PASSES,
+    RESNET50,
+    Problem,
+    arrays,
+    error,
+)
+from benchmarks.timing.layer_tables import Row
 
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
 STEPS = 5  # in a run

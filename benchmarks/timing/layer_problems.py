@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import referee
 from numpy.typing import NDArray
+
+from benchmarks.accuracy import referee
 
 # (height and width, channels): how many batch norms of ResNet-50 have them, 53 in all, at 224×224
 # with the stride in the 3×3 convolution. He et al., https://arxiv.org/abs/1512.03385, table 1.

@@ -1,7 +1,7 @@
 """Whole training steps of residual networks, library beside library: milliseconds and memory.
 
-    python benchmarks/bench_network.py                    # results/bench_network.csv and .png
-    python benchmarks/bench_network.py --quick --csv q.csv
+    python -m benchmarks.timing.bench_network  # results/bench_network.csv and .png
+    python -m benchmarks.timing.bench_network --quick --csv q.csv
 
 A step computes the loss, its gradients, the new statistics and new parameters (SGD), compiled,
 with donated parameters. The networks: 20 layers for 32×32 images, and four bottleneck blocks of
@@ -18,15 +18,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import libraries
 import matplotlib.pyplot as plt
-import measuring
-import networks
 import numpy as np
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from benchmarks import libraries, measuring, networks
 
 NETWORKS = ("resnet20", "56×56×256", "56×56×256, scan", "14×14×1024", "14×14×1024, scan")
 RATE = 1e-3

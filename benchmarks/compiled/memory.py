@@ -1,6 +1,6 @@
 """What a layer keeps from its forward for its backward pass, library beside library.
 
-    python benchmarks/memory.py                  # results/memory.csv and .png
+    python -m benchmarks.compiled.memory  # results/memory.csv and .png
 
 Bytes per element of the input, forward and backward pass compiled apart, without parameters. In
 *kept* the input counts, which the layer before could hand on, and so does the output, where a layer
@@ -17,16 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import libraries
 import matplotlib.pyplot as plt
-import measuring
-import networks
 import numpy as np
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
 import jaxbn
+from benchmarks import libraries, measuring, networks
 
 SHAPE = (8, 28, 28, 32)
 DTYPES = ("float32", "bfloat16")

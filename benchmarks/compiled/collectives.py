@@ -1,6 +1,6 @@
 """What devices tell each other in a training step of a batch norm layer, by compiled modules.
 
-    python benchmarks/collectives.py                 # on 1, 2, 4, … 256 devices that are simulated
+    python -m benchmarks.compiled.collectives  # on 1, 2, 4, … 256 devices that are simulated
 
 The collectives of the forward and of the backward pass, and the bytes that one device puts into
 them and gets out of them.
@@ -16,8 +16,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import h100
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxbn
+from benchmarks.compiled import h100, hlo
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHAPE = (64, 32, 32, 64)  # on one device: images, channels last

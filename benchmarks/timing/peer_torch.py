@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import libraries
 import numpy as np
 from numpy.typing import NDArray
+
+from benchmarks import libraries
 
 NAMES = ("torch", "torch channels_last", "torch.compile")
 

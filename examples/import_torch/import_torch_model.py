@@ -8,6 +8,7 @@ The exit status is 0 if all agrees and 1 if something does not. Without the weig
 which Automake and Meson know that a check was skipped: nothing has been shown then.
 """
 
+import argparse
 import functools
 import importlib.util
 import pathlib
@@ -20,7 +21,6 @@ import mobilenet
 import numpy as np
 import pretrained
 import torch_file
-from command_line import Parser
 from fine_tuning import fine_tune
 from numpy.typing import NDArray
 from rich.console import Console
@@ -84,7 +84,9 @@ def compare(
 
 def destination(arguments: list[str] | None) -> pathlib.Path | None:
     """Reads the command line: the file to write."""
-    parser = Parser(prog=PROGRAM, description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, usage=argparse.SUPPRESS, description=__doc__.partition("\n")[0]
+    )
     text = "write the state_dict after training, .npz or .safetensors"
     parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help=text)
     path: pathlib.Path | None = parser.parse_args(arguments).save

@@ -1,7 +1,8 @@
 """Memory traffic of a batch norm layer in training, read off the compiled modules.
 
-    python benchmarks/traffic.py            # for the CPU, and for an H100 and a TPU where their
-                                            # compilers are; results/traffic.csv
+    python -m benchmarks.compiled.traffic  # results/traffic.csv
+
+For the CPU, and for an H100 and a TPU where their compilers are installed.
 
 Per element of the input: bytes that cross memory in the forward and in the backward module, and
 bytes kept from the one to the other. For both modules: kernels and collectives. Whole training
@@ -14,20 +15,18 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import h100
-import hlo
 import jax
 import jax.numpy as jnp
-import libraries
 import matplotlib.pyplot as plt
-import measuring
 import numpy as np
-import tpu
 from jax.extend.core import Literal, jaxpr_as_fun
 from jax.sharding import SingleDeviceSharding
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks import libraries, measuring
+from benchmarks.compiled import h100, hlo, tpu
 
 SHAPES = {"NHWC": ((128, 56, 56, 64), 3), "NCHW": ((128, 64, 56, 56), 1)}
 DTYPES = (jnp.bfloat16, jnp.float32)

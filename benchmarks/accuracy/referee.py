@@ -3,8 +3,9 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from libraries import EPSILON
 from numpy.typing import NDArray
+
+from benchmarks.libraries import EPSILON
 
 
 class Result(NamedTuple):

@@ -1,6 +1,6 @@
 """Rounding errors of batch norm in training, method beside method on the same data, on the CPU.
 
-    python benchmarks/numerics.py        # the peers torch, dm-haiku, equinox, keras where installed
+    python -m benchmarks.accuracy.numerics  # torch, dm-haiku, equinox and keras where installed
 
 Prints four tables in Markdown: the output where means are large; every quantity at one large mean,
 with the memory traffic of the compiled modules; the variance in several forms, jaxbn's among them,
@@ -14,21 +14,18 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from unittest import mock
 
-import h100
-import hlo
 import jax
 import jax.numpy as jnp
-import libraries
-import measuring
 import numpy as np
-import peer_torch
-import traffic
-from referee import Result, error, training
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import jaxbn
+from benchmarks import libraries, measuring
+from benchmarks.accuracy.referee import Result, error, training
+from benchmarks.compiled import h100, hlo, traffic
+from benchmarks.timing import peer_torch
 
 SHAPE = (32, 28, 28, 16)
 LARGE = (32, 56, 56, 64)

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib.pyplot as plt
-import measuring
-import peer_torch
-from layer_problems import RESNET50
 from rich.box import MARKDOWN
 from rich.table import Table
+
+from benchmarks import measuring
+from benchmarks.timing import peer_torch
+from benchmarks.timing.layer_problems import RESNET50
 
 BEST = "torch's best"
 Row = dict[str, Any]

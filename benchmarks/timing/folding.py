@@ -1,7 +1,8 @@
 """MobileNetV2 with its batch norms folded into its convolutions beside the network as it was.
 
-    PYTHONPATH=examples python benchmarks/folding.py                   # on the CPU, batches 1 and 8
-    PYTHONPATH=examples python benchmarks/folding.py --csv folding.csv # and the time of every run
+    export PYTHONPATH=examples/import_torch
+    python -m benchmarks.timing.folding                     # on the CPU, batches 1 and 8
+    python -m benchmarks.timing.folding --csv folding.csv   # and the time of every run
 
 Both networks are compiled, variables being arguments, and take turns. Times are medians and
 quartiles in milliseconds; the ratio is the median, over the turns, of folded over unfolded time.
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import measuring
 import mobilenet
 import numpy as np
 from rich.box import MARKDOWN
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxbn
+from benchmarks import measuring
 
 
 class Compiled(NamedTuple):

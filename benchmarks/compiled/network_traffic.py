@@ -1,7 +1,8 @@
 """Memory traffic of whole training steps, read off the compiled modules.
 
-    python benchmarks/network_traffic.py          # for the CPU, and for an H100 and a TPU where
-                                                  # their compilers are; results/network_traffic.csv
+    python -m benchmarks.compiled.network_traffic  # results/network_traffic.csv
+
+For the CPU, and for an H100 and a TPU where their compilers are installed.
 
 Four bottleneck blocks of ResNet-50 at 56×56×256 and one step of gradient descent in one module, so
 that a compiler fuses batch norm with what is around it. Bytes that cross memory, for each element
@@ -14,15 +15,14 @@ import argparse
 import itertools
 from typing import Any
 
-import bench_network
-import hlo
 import jax
-import libraries
-import measuring
-import traffic
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks import libraries, measuring
+from benchmarks.compiled import hlo, traffic
+from benchmarks.timing import bench_network
 
 SIZE = (56, 256)
 

@@ -1,8 +1,8 @@
 """One batch norm layer alone, library beside library: milliseconds, and percent of copy speed.
 
-    python benchmarks/bench_layer.py                             # results/bench_layer.csv, .png
-    python benchmarks/bench_layer.py --quick --csv q.csv         # three shapes, batch 8, a minute
-    python benchmarks/bench_layer.py --warm --dtypes float32     # the same arrays every time
+    python -m benchmarks.timing.bench_layer  # results/bench_layer.csv, .png
+    python -m benchmarks.timing.bench_layer --quick --csv q.csv  # three shapes, batch 8, a minute
+    python -m benchmarks.timing.bench_layer --warm --dtypes float32  # the same arrays every time
 
 The shapes are those of ResNet-50. All libraries and a copy of the input take turns on the same
 data; JAX libraries compile one function for the pass. *Torch's best* is the fastest of torch's
@@ -24,15 +24,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import layer_tables
-import libraries
-import measuring
 import numpy as np
-import peer_torch
-from layer_problems import DTYPES, LAYOUTS, PASSES, RESNET50, Problem, arrays, error
-from layer_tables import Row
 from rich.console import Console
 from rich.progress import track
+
+from benchmarks import libraries, measuring
+from benchmarks.timing import layer_tables, peer_torch
+from benchmarks.timing.layer_problems import (
+    DTYPES,
+    LAYOUTS,
+    PASSES,
+    RESNET50,
+    Problem,
+    arrays,
+    error,
+)
+from benchmarks.timing.layer_tables import Row
 
 CACHES = pathlib.Path("/sys/devices/system/cpu/cpu0/cache")
 SHAPES = {f"{side}x{channels}": (side, channels) for side, channels in RESNET50}
