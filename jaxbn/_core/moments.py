@@ -29,6 +29,8 @@ from jaxbn._core.devices import ALONE, Devices, gathered, spread, summed
 GATHERED = 16
 # Values, up to which a sum is nearly exact.
 ROW = 256
+# For `_part`.
+FIRST = 0
 
 
 class Shifted(NamedTuple):
@@ -150,7 +152,7 @@ def _local_moments(
         count = _valid_count(mask, x, axis, dtype)
     about = functools.partial(_about_estimate, axis=axis)
     if is_small(x):
-        return about(x, mask, count, parts=(1, 1), total=total_by_sample)
+        return about(x, mask, count, parts=(FIRST, 1), total=total_by_sample)
     in_pieces = sums_in_pieces(jax.typeof(x), axis)
     on_a_cpu = functools.partial(
         about, parts=(16, 4), total=total_in_pieces if in_pieces else total
@@ -237,6 +239,8 @@ def _about_estimate(
     delta, mean_square = means((deviation, jnp.square(same)), count, axis, total=total)
     # Rounding may leave a constant channel just below zero.
     var = jnp.maximum(mean_square - jnp.square(delta), 0)
+    if parts[-1] == 1:
+        return Shifted(estimate, delta, var, count)
     # The mean itself is the better shift from here on.
     (shift,) = written_out(x, rounded(estimate + rounded(delta)))
     return Shifted(shift, (estimate - shift) + delta, var, count)
@@ -256,7 +260,7 @@ def total(x: jax.Array, axis: int) -> jax.Array:
 def total_by_sample(x: jax.Array, axis: int) -> jax.Array:
     """`total`, each sample by itself first: half of the sums that compilers add one by one."""
     positions = reduced_axes(x.ndim, axis)[1:]
-    return total(rounded(x.sum(positions, keepdims=True)), axis)
+    return total(rounded(x.sum(positions, keepdims=True)) if positions else x, axis)
 
 
 def means(
@@ -306,7 +310,7 @@ def _some_sixteenth(x: jax.Array, axis: int) -> int:
     XLA:GPU adds up to 4096 values of a channel in one block of threads, one after the other, and
     spreads more over the whole chip (`ReductionDimensionRaceFreeBound`).
     """
-    if is_small(x) or x.ndim == 1:
+    if x.ndim == 1:
         return 16
     values = x.size // x.shape[axis]
     positions = values // x.shape[reduced_axes(x.ndim, axis)[0]]
@@ -314,16 +318,18 @@ def _some_sixteenth(x: jax.Array, axis: int) -> int:
 
 
 def _part(x: jax.Array, axis: int, part: int) -> jax.Array:
-    """A `part`-th of each channel's values, or a few more; `x` itself where it is small.
+    """A `part`-th of each channel's values, or a few more; of `FIRST` those of the first sample.
 
     The mean K of a fraction f obeys (E[x] − K)² ≤ Var[x]·(1 − f)/f on any data. E[(x − K)²] is then
     at most 1/f times the variance, which loses two bits to it at f = 1/4, four at 1/16. A batch
     that is spread over devices stays in place: the positions in the middle are taken of every
     sample, or, where samples have too few positions for that, samples at equal distances.
     """
-    if is_small(x) or x.ndim == 1:
+    if part == 1 or x.ndim == 1 or x.size == 0:
         return x
     samples, *positions = reduced_axes(x.ndim, axis)
+    if part == FIRST:
+        return jax.lax.slice_in_dim(x, 0, 1, axis=samples)
     if not positions or x.shape[positions[0]] < part:
         return jax.lax.slice_in_dim(x, 0, None, part, axis=samples)
     size = x.shape[positions[0]]
