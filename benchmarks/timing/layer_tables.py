@@ -34,7 +34,7 @@ def by_shape(group: list[Row]) -> dict[tuple[int, int], dict[str, Row]]:
     for named in shapes.values():
         torches = [row for name, row in named.items() if name in peer_torch.NAMES]
         if torches:
-            named[BEST] = min(torches, key=lambda row: row["median_ms"])
+            named[BEST] = min(torches, key=lambda row: row["ms"])
     return shapes
 
 
@@ -43,7 +43,7 @@ def over_jaxbn(group: list[Row]) -> dict[str, str]:
     ratios: dict[str, list[float]] = {}
     for named in by_shape(group).values():
         for name, row in named.items():
-            ratios.setdefault(name, []).append(row["median_ms"] / named["jaxbn"]["median_ms"])
+            ratios.setdefault(name, []).append(row["ms"] / named["jaxbn"]["ms"])
     return {
         name: f"{measuring.geometric_mean(r):.2f} ({min(r):.2f} – {max(r):.2f})"
         for name, r in ratios.items()
@@ -66,8 +66,8 @@ def table(group: list[Row]) -> Table:
     for (side, channels), named in shapes.items():
         layers = RESNET50[side, channels]
         for name, row in named.items():
-            totals[name] += layers * row["median_ms"]
-        cells = (f"{r['median_ms']:.2f} ({r['percent_of_copy_speed']:.0f})" for r in named.values())
+            totals[name] += layers * row["ms"]
+        cells = (f"{r['ms']:.2f} ({r['percent_of_copy_speed']:.0f})" for r in named.values())
         table.add_row(f"{side}, {channels}", str(layers), *cells)
     if len(shapes) == len(RESNET50):
         layers = sum(RESNET50.values())
