@@ -22,16 +22,18 @@ PACKAGES = ("jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
 def take_turns(
     runs: Mapping[str, Callable[[], object]], repetitions: int, warm_up: int = 3
 ) -> dict[str, NDArray[np.float64]]:
-    """Seconds of each run, which blocks until it is ready; the order turns round every time.
+    """Seconds of each run, which blocks until it is ready; the order is another every time.
 
-    Before each is a pause, in which the threads of the library before come to rest.
+    What ran before decides how much memory is at hand, so no run may have one predecessor. Before
+    each is a pause, in which the threads of the library before come to rest.
     """
     for _ in range(warm_up):
         for run in runs.values():
             run()
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(repetitions):
-        for name in list(runs)[:: -1 if i % 2 else 1]:
+    random = np.random.default_rng(0)
+    for _ in range(repetitions):
+        for name in random.permutation(list(runs)):
             time.sleep(PAUSE)
             start = time.perf_counter()
             runs[name]()

@@ -14,6 +14,7 @@ from benchmarks import libraries
 
 Layers = Callable[[str], libraries.Layer]
 Params = dict[str, Any]
+Policy = Callable[..., bool]
 
 
 def without(case: str) -> libraries.Layer:
@@ -79,13 +80,24 @@ def block(params: Params, x: jax.Array, layers: Layers, stride: int = 1) -> tupl
     return x, stats
 
 
-def blocks(params: Params, x: jax.Array, layers: Layers, scan: bool) -> tuple[jax.Array, Any]:
-    """Alike blocks, whose parameters are stacked, in a loop of the compiler or one by one."""
+def blocks(
+    params: Params, x: jax.Array, layers: Layers, scan: bool, policy: Policy | None = None
+) -> tuple[jax.Array, Any]:
+    """Alike blocks, whose parameters are stacked, in a loop of the compiler or one by one.
+
+    With a `policy`, each is under `jax.checkpoint`.
+    """
+
+    def one(x: jax.Array, p: Params) -> tuple[jax.Array, Any]:
+        return block(p, x, layers)
+
+    if policy is not None:
+        one = jax.checkpoint(one, policy=policy, prevent_cse=not scan)
     if scan:
-        return jax.lax.scan(lambda x, p: block(p, x, layers), x, params)
+        return jax.lax.scan(one, x, params)
     stats = []
     for i in range(jax.tree.leaves(params)[0].shape[0]):
-        x, new = block(jax.tree.map(lambda v, i=i: v[i], params), x, layers)
+        x, new = one(x, jax.tree.map(lambda v, i=i: v[i], params))
         stats.append(new)
     return x, stats
 

@@ -65,8 +65,8 @@ def batch_norm(
       virtual_batch_size: splits the samples (of each device, where an axis is named) into groups of
         so many neighbours, each normalized by itself: ghost batch norm. The running statistics take
         the merged moments. None for one group.
-      mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere, NaN and
-        infinity included, reaches no result and no derivative; the output there is zero.
+      mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
+        never affect a result or a derivative; the output there is zero.
       activation: applied to the output in the same pass: None, "relu", "leaky_relu", "silu", "gelu"
         (the functions of these names in `jax.nn`, with their defaults) or a function of an array
         that returns one of the same shape, which may close over arrays to be differentiated.

@@ -63,8 +63,8 @@ def batch_moments(
         `jax.shard_map`: the moments are those of the samples on all its devices.
       axis_index_groups: splits the indices along the one axis into groups of the same size: each
         index gets the moments of its own group, for example `[[0, 1], [2, 3]]`.
-      mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere, NaN and
-        infinity included, is not looked at.
+      mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
+        never affect a result or a derivative.
 
     Returns:
       `Moments` of shape `[C]`, in float32, or float64 where `x` is. A channel without values has

@@ -52,8 +52,8 @@ def normalize(
       axis: the channel axis of `x`.
       epsilon: added to the variance inside the square root; a Python number ≥ 0.
       dtype: the dtype of `y`; None for that of `x`.
-      mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere, NaN and
-        infinity included, reaches no result and no derivative; the output there is zero.
+      mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
+        never affect a result or a derivative; the output there is zero.
       activation: applied to the output in the same pass: None, "relu", "leaky_relu", "silu", "gelu"
         (the functions of these names in `jax.nn`, with their defaults) or a function of an array
         that returns one of the same shape, which may close over arrays to be differentiated.
@@ -134,8 +134,8 @@ def batch_normalize(
         which has a batch of its own, for example `[[0, 1], [2, 3]]`.
       virtual_batch_size: splits the samples (of each device, where an axis is named) into groups of
         so many neighbours, each normalized by itself: ghost batch norm. None for one group.
-      mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere, NaN and
-        infinity included, reaches no result and no derivative; the output there is zero.
+      mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
+        never affect a result or a derivative; the output there is zero.
       activation: applied to the output in the same pass: None, "relu", "leaky_relu", "silu", "gelu"
         (the functions of these names in `jax.nn`, with their defaults) or a function of an array
         that returns one of the same shape, which may close over arrays to be differentiated.

@@ -20,20 +20,28 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import libraries, measuring
+from benchmarks import libraries, measuring, networks
 from benchmarks.compiled import hlo, traffic
 from benchmarks.timing import bench_network
 
-SIZE = (56, 256)
+STAGE = "56×56×256"
 
 
 def step_cost(
-    library: str, dtype: str, scan: bool, device: Any, batch: int, on_a_tpu: bool = False
+    layers: networks.Layers,
+    dtype: str,
+    scan: bool,
+    device: Any,
+    batch: int,
+    *,
+    on_a_tpu: bool = False,
+    stage: str = STAGE,
+    policy: networks.Policy | None = None,
 ) -> dict[str, float | None]:
     """What one training step costs: bytes per element that cross memory, kernels, temporaries."""
-    side, channels = SIZE
-    name = f"{side}×{side}×{channels}{', scan' if scan else ''}"
-    step = bench_network.training_step(name, bench_network.layers_of(library))
+    side, _, channels = map(int, stage.split("×"))
+    name = f"{stage}{', scan' if scan else ''}"
+    step = bench_network.training_step(name, layers, policy)
     given = jax.eval_shape(lambda: bench_network.arguments(name, dtype, batch, 3))
     placed = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device), given)
     executable = jax.jit(step, donate_argnums=0).lower(*placed).compile()
@@ -57,7 +65,9 @@ def rows_of(device_name: str, device: Any, batch: int) -> list[dict[str, Any]]:
     rows = []
     for dtype, scan in itertools.product(("bfloat16", "float32"), (False, True)):
         for library in ("none", *libraries.installed()):
-            cost = step_cost(library, dtype, scan, device, batch, device_name.startswith("TPU"))
+            layers = bench_network.layers_of(library)
+            on_a_tpu = device_name.startswith("TPU")
+            cost = step_cost(layers, dtype, scan, device, batch, on_a_tpu=on_a_tpu)
             what = {"device": device_name, "dtype": dtype, "scan": scan, "library": library}
             rows.append(what | cost)
     return rows

@@ -42,15 +42,20 @@ def arguments(name: str, dtype: Any, batch: int, depth: int) -> tuple[networks.P
     return params, jax.random.normal(key_x, (batch, side, side, channels), dtype)
 
 
-def training_step(name: str, layers: networks.Layers) -> Callable[..., Any]:
-    """`(params, x) -> (params, loss, stats)`; the loss is a fixed function of the output."""
+def training_step(
+    name: str, layers: networks.Layers, policy: networks.Policy | None = None
+) -> Callable[..., Any]:
+    """`(params, x) -> (params, loss, stats)`; the loss is a fixed function of the output.
+
+    With a `policy`, each bottleneck block is under `jax.checkpoint`.
+    """
 
     def loss(params: networks.Params, x: jax.Array) -> tuple[jax.Array, Any]:
         if name == "resnet20":
             logits, stats = networks.resnet(params, x, layers)
             labels = jnp.arange(len(x)) % 10
             return -jax.nn.log_softmax(logits)[jnp.arange(len(x)), labels].mean(), stats
-        y, stats = networks.blocks(params, x, layers, scan="scan" in name)
+        y, stats = networks.blocks(params, x, layers, "scan" in name, policy)
         weights = jnp.cos(jnp.arange(y.shape[-1], dtype=jnp.float32))
         return (y.mean((0, 1, 2)).astype(jnp.float32) * weights).sum(), stats
 

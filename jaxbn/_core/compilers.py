@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from jaxbn._core.devices import spread
 
-# Elements, up to which memory traffic does not matter, and one form serves all platforms.
+# Elements. Up to here memory traffic does not matter, and one form serves all platforms.
 SMALL = 2**15
-# Channels, below which rows are too short for loops over pieces of them.
+# Channels. With fewer, rows are too short for loops over pieces of them.
 NARROW = 32
 
 # A sum over every axis but one.
@@ -32,25 +32,22 @@ def reduced_axes(ndim: int, axis: int) -> tuple[int, ...]:
 
 
 def is_small(x: Any) -> bool:
-    """Whether an array is small enough to be handled with no regard to memory, or of unknown size.
-
-    `jax.export` may have sizes that are no int.
-    """
+    """Whether memory traffic does not matter; also if the size is a symbol of `jax.export`."""
     return not isinstance(x.size, int) or x.size <= SMALL
 
 
 def rounded(x: jax.Array) -> jax.Array:
-    """`x` with one bit less, so that compilers cannot fuse what it is made of into what uses it.
+    """`x` with one bit less.
 
-    A product fused with the next difference is not rounded, and a shift would be another number
-    at each place where it comes off.
+    A compiler may fuse the product that a shift comes from with the difference that uses it. The
+    product is then not rounded, and the shift is another number at each place. Not so with this.
     """
     info = jnp.finfo(x.dtype)
     return jax.lax.reduce_precision(x, info.nexp, info.nmant - 1)
 
 
 def apart(x: jax.Array, *platforms: str) -> jax.Array:
-    """`x`, without these platforms' compilers knowing that it is the same array as before."""
+    """`x`, as an array that compilers for these platforms do not know to be the same."""
     barriers = dict.fromkeys(platforms, jax.lax.optimization_barrier)
     copy: jax.Array = jax.lax.platform_dependent(x, **barriers, default=lambda x: x)
     return copy
@@ -60,7 +57,7 @@ def apart(x: jax.Array, *platforms: str) -> jax.Array:
 def everywhere(condition: jax.Array) -> jax.Array:
     """Whether a condition holds in every channel; False under `jax.vmap`.
 
-    A branch that depends on data is both branches there.
+    Under `jax.vmap` a conditional would compute both branches.
     """
     return condition.all()
 
@@ -71,10 +68,10 @@ def _(axis_size: int, in_batched: Any, condition: jax.Array) -> tuple[jax.Array,
 
 
 def written_out(like: Any, *vectors: jax.Array) -> tuple[jax.Array, ...]:
-    """The vectors, computed once on a CPU, and so are their cotangents.
+    """The vectors, each computed once on a CPU; and so are their cotangents.
 
-    XLA would compute them inside of the loops over a large array that use them, for every element
-    anew. It does not so with a reduction: of each vector and zeros, and in the transpose as well.
+    XLA would compute them anew for every element, in the loops over a large array that use them. It
+    never fuses a reduction into a loop, so each vector is summed with zeros.
     """
     if is_small(like) or any(is_placed(jax.typeof(v)) for v in (like, *vectors)):
         return vectors
@@ -91,10 +88,10 @@ def written_out(like: Any, *vectors: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def total_in_pieces(x: jax.Array, axis: int) -> jax.Array:
-    """Sum of `x` over every axis but `axis`, for a CPU and whatever `x` is computed of.
+    """Sum of `x` over every axis but `axis`, fast on a CPU whatever `x` is computed from.
 
-    The pieces are added up, `x[:, :p] + x[:, p:2p] + …`, in one elementwise pass with everything in
-    front of it, which leaves a fraction to XLA's reduction.
+    One elementwise pass adds up pieces, `x[:, :p] + x[:, p:2p] + …`, with everything in front of
+    it, and leaves a fraction to XLA's reduction.
     """
     pieces = _pieces(jax.typeof(x), axis)
     if pieces == 1:
@@ -108,7 +105,7 @@ def total_in_pieces(x: jax.Array, axis: int) -> jax.Array:
 
 
 def expand_in_pieces(vector: jax.Array, like: Any, axis: int) -> jax.Array:
-    """`vector` at every position of an array; its transpose is `total_in_pieces` on a CPU."""
+    """`vector` at every position of an array. Transposed it is `total_in_pieces` on a CPU."""
     pieces = _pieces(like, axis)
 
     def whole(vector: jax.Array) -> jax.Array:
@@ -128,14 +125,14 @@ def expand_in_pieces(vector: jax.Array, like: Any, axis: int) -> jax.Array:
 
 
 def sums_in_pieces(x: Any, axis: int) -> bool:
-    """Whether a CPU is faster by sums in pieces, of what is computed of a batch of this type."""
+    """Whether a CPU sums what is computed from a batch of this type faster in pieces."""
     return x.dtype.itemsize <= 2 and _pieces(x, axis) > 1
 
 
 def _pieces(x: Any, axis: int) -> int:
-    """Into how many pieces the positions of each sample are split; 1 for a sum in one go.
+    """Into how many pieces a sum splits the positions of each sample; 1 for a sum in one go.
 
-    Samples stay together, since they may be spread over devices. Nothing is split where the type of
+    Samples stay together, since they may be spread over devices. Nothing is split if the type of
     `x` says that it is spread.
     """
     if is_small(x) or not _adjacent(x.ndim, axis) or is_placed(x):
@@ -162,8 +159,8 @@ def _adjacent(ndim: int, axis: int) -> bool:
 def _flat(shape: tuple[int, ...], axis: int) -> tuple[list[int], int]:
     """The shape of a batch with the positions of each sample along one axis; its `axis`.
 
-    Where a sample has one position, 8 neighbours are taken for one sample; in multiples of 64, so
-    that they stay together where the batch is spread over up to 8 devices.
+    If a sample has one position, 8 neighbours count as one sample. Their number must be a multiple
+    of 64, so that neighbours stay together on up to 8 devices.
     """
     if len(shape) == 2:
         neighbours = 1 if shape[0] % 64 else 8
@@ -180,9 +177,9 @@ def is_placed(x: Any) -> bool:
 
 
 def may_be_spread(x: jax.Array) -> bool:
-    """Whether the mesh that is set, or the type of `x`, has devices to spread `x` over.
+    """Whether the current mesh, or the type of `x`, has devices to spread `x` over.
 
-    What depends on values in all channels then takes one more collective.
+    A condition on all channels would then take one more collective.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = (mesh.shape[name] for name in mesh.axis_names if name not in mesh.manual_axes)

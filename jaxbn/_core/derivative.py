@@ -20,27 +20,26 @@ from jaxbn._core.moments import (
     where_valid,
 )
 
-# For the policies of `jax.checkpoint`: with these kept, a layer is made again without reductions.
+# For policies of `jax.checkpoint`: from these a layer is computed again without reductions.
 INPUT, MEAN, RSTD = CHECKPOINT_NAMES = ("jaxbn.input", "jaxbn.mean", "jaxbn.rstd")
 OUTPUT = "jaxbn.output"
 
-# The output, the moments that it is normalized by, and their `rstd`.
+# The output, the moments of the batch, and `rstd`.
 Outputs = tuple[jax.Array, Shifted, jax.Array]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def normalize_by_batch(operands: Operands, form: Form) -> Outputs:
-    """Batch norm in training mode."""
+    """Batch norm in training mode: moments, coefficients, application."""
     x, mask, scale, *_ = operands
     moments = shifted_moments(x, mask, form.axis, form.devices, scale.dtype, form.differentiated)
     rstd = jax.lax.rsqrt(moments.var + form.epsilon)
-    return activated(_applied(operands, moments, rstd, form), operands, form), moments, rstd
+    return activated(_preactivation(operands, moments, rstd, form), operands, form), moments, rstd
 
 
-def _applied(operands: Operands, moments: Shifted, rstd: jax.Array, form: Form) -> jax.Array:
-    """`x̂·scale + bias + residual`, to which the activation is applied."""
-    shift, delta, _, _ = moments
-    by_batch = coefficients(shift, delta, rstd, operands.scale, operands.bias)
+def _preactivation(operands: Operands, moments: Shifted, rstd: jax.Array, form: Form) -> jax.Array:
+    """`x̂·scale + bias + residual`."""
+    by_batch = coefficients(moments.shift, moments.delta, rstd, operands)
     return applied(by_batch, operands, form)
 
 
@@ -50,7 +49,7 @@ def _normalize_by_batch_jvp(
 ) -> tuple[Outputs, Outputs]:
     (operands,), (directions,) = primals, tangents
     _, moments, rstd = normalize_by_batch(operands, form._replace(differentiated=True))
-    # Only the arguments are kept for the backward pass, and what is named `OUTPUT`.
+    # The backward pass keeps the arguments alone, and what is named `OUTPUT`.
     policy = jax.checkpoint_policies.save_only_these_names(OUTPUT)
     with_tangent = jax.checkpoint(
         functools.partial(_with_tangent, form=form), prevent_cse=False, policy=policy
@@ -64,17 +63,17 @@ def _normalize_by_batch_jvp(
 def _with_tangent(
     operands: Operands, directions: Operands, moments: Shifted, rstd: jax.Array, *, form: Form
 ) -> tuple[Outputs, Outputs]:
-    """The output from what is named, so that `jax.checkpoint` can make it again without reductions.
+    """The output and its tangent, from named arrays: a policy that keeps them needs no reductions.
 
-    With a residual, the sign of the output tells the derivative of some activations, and the next
-    layer keeps it anyway: it is kept here instead of the residual.
+    With a residual, the sign of the output tells the derivative of some activations. The next layer
+    keeps the output anyway, so it is kept here instead of the residual.
     """
     operands = operands._replace(x=checkpoint_name(operands.x, INPUT))
     moments = moments._replace(
         shift=checkpoint_name(moments.shift, MEAN), delta=checkpoint_name(moments.delta, MEAN)
     )
     rstd = checkpoint_name(rstd, RSTD)
-    y = activated(_applied(operands, moments, rstd, form), operands, form)
+    y = activated(_preactivation(operands, moments, rstd, form), operands, form)
     if operands.residual is not None and form.activation in PIECEWISE_LINEAR:
         y = checkpoint_name(y, OUTPUT)
     outputs = y, moments, rstd
@@ -88,11 +87,12 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
                                                  p = dbias − k·E[dx] − delta·u·q
 
     for `k = scale·rstd`, `d = (x − shift)·u`, `E[dx·x̂] = (E[dx·d] − delta·u·E[dx])·r` and
-    `rstd = u·r` with u a power of two. The vectors p and q are collected first so that, transposed,
-    bias and E[dx] share the one reduction of the cotangent, and scale and E[dx·x̂] the other. Both
-    are of d, not of x̂: differences of nearby floats and powers of two are exact, and x̂ would be
-    off by its rounding, alike wherever x is alike. No power of rstd above the first appears but in
-    drstd, where it is what the result is made of: the others would underflow.
+    `rstd = u·r` with u a power of two. The vectors p and q come first. Transposed, bias and E[dx]
+    then share one reduction of the cotangent, and scale and E[dx·x̂] the other.
+
+    Both reductions are of d, not of x̂. Differences of nearby floats and powers of two are exact;
+    x̂ is off by its rounding, alike wherever x is alike, and such errors add up. No power of rstd
+    above the first is formed except in drstd, which is made of it: the others would underflow.
     """
     x, mask, scale, *_ = operands
     _, moments, rstd = outputs
@@ -108,9 +108,9 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
     mean_dx_normalized = (mean_product - delta * mean_dx) * rest
     q = (directions.scale - k * mean_dx_normalized) * rest
     p = directions.bias - k * mean_dx - delta * q
-    # A difference of its own: XLA's CPU compiler would write one out that `dx` is made of too.
+    # A second difference: XLA's CPU compiler would write out one that `dx` uses too.
     deviation = centered(x, mask, form.axis, apart(shift, "cpu"))
-    p, q = (expand_tangent(v, like, form.axis) for v in (p, q * unit))
+    p, q = (_expand_tangent(v, like, form.axis) for v in (p, q * unit))
     terms = p + jnp.zeros_like(dx), deviation * q, expand(k, like, form.axis) * dx
     if form.activation in PIECEWISE_LINEAR and directions.residual is None:
         dy = _term_by_term(form.activation, terms, operands, moments, rstd, form)
@@ -124,15 +124,14 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
     return where_valid(mask, dy), dmoments, drstd
 
 
-def expand_tangent(vector: jax.Array, like: Any, axis: int) -> jax.Array:
-    """`expand` of a tangent; transposed it is a sum, in pieces where a CPU is faster at that."""
-    if sums_in_pieces(like, axis):
-        return expand_in_pieces(vector, like, axis)
-    return expand(vector, like, axis)
+def _expand_tangent(vector: jax.Array, like: Any, axis: int) -> jax.Array:
+    """`expand` of a tangent. Transposed it is a sum, on a CPU in the faster of its forms."""
+    in_pieces = sums_in_pieces(like, axis)
+    return expand_in_pieces(vector, like, axis) if in_pieces else expand(vector, like, axis)
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
-    """The power of two next to `x`, a constant to differentiation: no result depends on it."""
+    """The power of two next to `x`. No result depends on it, so it counts as a constant."""
     return jax.lax.stop_gradient(jax.lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, 0))
 
 
@@ -144,15 +143,15 @@ def _term_by_term(
     rstd: jax.Array,
     form: Form,
 ) -> jax.Array:
-    """The tangent of the output where the slope of the activation is a matter of sign.
+    """The tangent of the output if the sign of its argument tells the slope of the activation.
 
-    Each term has a slope of its own, that no compiler can know to be the others'. A slope that
-    terms share is a mask that XLA:GPU writes out: compiled for an H100, four bottleneck blocks
-    moved 33.0 bytes per element with one slope for two of the terms, and 31.9 with three.
+    XLA:GPU writes out a slope that terms share, as a mask. Here each term has a slope that XLA does
+    not know to be the others': compiled for an H100, four bottleneck blocks moved 33.0 bytes per
+    element with one slope for two of the terms, and 31.9 with three.
     """
     tangents = []
     for term in terms:
-        z = _applied(operands, moments, rstd, form).astype(form.dtype).astype(term.dtype)
+        z = _preactivation(operands, moments, rstd, form).astype(form.dtype).astype(term.dtype)
         tangents.append(jax.jvp(activation, (z,), (term,))[1])
         rstd = apart(rstd, "cuda", "rocm")
     dy: jax.Array = sum(tangents[1:], start=tangents[0])
@@ -166,10 +165,10 @@ def _through_activation(
         return dz.astype(form.dtype)
     y, moments, rstd = outputs
     if form.activation in PIECEWISE_LINEAR:
-        # Selecting in the dtype of the output: in float32 the compiler writes the result out.
+        # Selected in the dtype of the output: XLA would write a selection in float32 out.
         z, dz = y, dz.astype(form.dtype)
     else:
-        z = _applied(operands, moments, rstd, form)
+        z = _preactivation(operands, moments, rstd, form)
     primals, tangents = (z, *operands.constants), (dz, *directions.constants)
     dy: jax.Array = jax.jvp(form.activation, primals, tangents)[1]
     return dy.astype(form.dtype)

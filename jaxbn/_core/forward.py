@@ -1,9 +1,9 @@
-"""Normalization, once its moments are known: coefficients of each channel, and their application.
+"""Normalization by known moments: coefficients of each channel, and their application.
 
     factor = scale·rstd          offset = bias − delta·factor
     y      = activation((x − shift)·factor + offset + residual)
 
-Inference is these two steps. Training comes to them by the moments of the batch, under the one
+Inference is these two steps. Training puts the moments of the batch in front of them, under the
 derivative rule of `derivative.py`.
 """
 
@@ -32,7 +32,7 @@ class Form(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What is differentiated, but for the mask; where something is None it is left out."""
+    """The arrays to differentiate by, and the mask. None stands for what is not there."""
 
     x: jax.Array
     mask: jax.Array | None
@@ -43,7 +43,7 @@ class Operands(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What a channel is normalized by: `(x − shift)·factor + offset`."""
+    """The vectors of `(x − shift)·factor + offset`."""
 
     shift: jax.Array
     factor: jax.Array
@@ -51,22 +51,23 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(
-    shift: jax.Array, delta: jax.Array | None, rstd: jax.Array, scale: jax.Array, bias: jax.Array
+    shift: jax.Array, delta: jax.Array | None, rstd: jax.Array, operands: Operands
 ) -> Coefficients:
-    """Those of a mean `shift + delta`; without `delta` the mean is `shift` itself."""
-    factor = scale * rstd
-    return Coefficients(shift, factor, bias if delta is None else bias - delta * factor)
+    """Those for the mean `shift + delta`; without `delta` for the mean `shift`."""
+    factor = operands.scale * rstd
+    offset = operands.bias if delta is None else operands.bias - delta * factor
+    return Coefficients(shift, factor, offset)
 
 
 def applied(coefficients: Coefficients, operands: Operands, form: Form) -> jax.Array:
     """`(x − shift)·factor + offset + residual`, in the dtype of the coefficients.
 
-    The shift comes off first: `x·factor + (offset − shift·factor)` cancels where the mean is large.
+    The shift comes off first: `x·factor + (offset − shift·factor)` cancels if the mean is large.
     """
     x, mask, _, _, residual, _ = operands
-    vectors = written_out(x, *coefficients[1:])
-    factor, offset = (expand(v, jax.typeof(x), form.axis) for v in vectors)
-    z = centered(x, mask, form.axis, coefficients.shift) * factor + offset
+    shift, *vectors = coefficients
+    factor, offset = (expand(v, jax.typeof(x), form.axis) for v in written_out(x, *vectors))
+    z = centered(x, mask, form.axis, shift) * factor + offset
     return z if residual is None else z + _as_rounded(where_valid(mask, residual)).astype(z.dtype)
 
 
@@ -79,11 +80,11 @@ def activated(z: jax.Array, operands: Operands, form: Form) -> jax.Array:
 def normalize_by_statistics(
     operands: Operands, mean: jax.Array, var: jax.Array, form: Form
 ) -> jax.Array:
-    """Batch norm in inference mode. Only its arguments are kept for the backward pass."""
+    """Batch norm in inference mode. The backward pass keeps the arguments alone."""
 
     def output(operands: Operands, mean: jax.Array, rstd: jax.Array) -> jax.Array:
-        by_statistics = coefficients(mean, None, rstd, operands.scale, operands.bias)
-        return activated(applied(by_statistics, operands, form), operands, form)
+        z = applied(coefficients(mean, None, rstd, operands), operands, form)
+        return activated(z, operands, form)
 
     rstd = jax.lax.rsqrt(var + form.epsilon)
     y: jax.Array = jax.checkpoint(output, prevent_cse=False)(operands, mean, rstd)
@@ -91,9 +92,9 @@ def normalize_by_statistics(
 
 
 def traced_once(function: Callable[..., Any], form: Form) -> Callable[..., Any]:
-    """`function(…, form=form)`, which all layers that are alike share, in its trace and compiled.
+    """`function(…, form=form)`, traced and compiled once for all layers that are alike.
 
-    Not so for activations of the user's own, which may be another function object in every call.
+    A user's own activation may be a new function object in every call, so those are left out.
     """
     if form.activation is None or form.activation in ACTIVATIONS.values():
         return functools.partial(_jitted(function), form=form)
@@ -106,10 +107,10 @@ def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_rounded(residual: jax.Array) -> jax.Array:
-    """The residual in its own dtype, of which XLA:GPU is not to read the float32 values instead.
+    """The residual, which XLA:GPU must read as it was rounded.
 
-    It may drop a rounding to bfloat16 and back, and then computes those values once more, or writes
-    them to memory too: compiled for an H100, four bottleneck blocks moved 34.9 bytes per element
-    with that, and 32.5 without. A TPU moves more without it.
+    XLA may drop a rounding to bfloat16 and back. It then computes the float32 values once more, or
+    writes them to memory too: compiled for an H100, four bottleneck blocks moved 34.9 bytes per
+    element that way, and 32.5 with the barrier. On a TPU the barrier costs four bytes.
     """
     return residual if residual.dtype.itemsize >= 4 else apart(residual, "cuda", "rocm")

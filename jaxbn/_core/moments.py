@@ -1,4 +1,4 @@
-"""Mean and variance in one pass and without cancellation, on one device and across several."""
+"""Mean and variance of each channel, without cancellation, on one device and across several."""
 
 import functools
 import math
@@ -25,19 +25,19 @@ from jaxbn._core.compilers import (
 )
 from jaxbn._core.devices import ALONE, Devices, gathered, spread, summed
 
-# Devices. To gather is to wait once, where two sums wait twice; but what each gets grows with all.
+# Devices. One gather waits once where two sums wait twice, but its result grows with the devices.
 GATHERED = 16
-# Values, up to which a sum is nearly exact.
+# Values whose sum has a rounding error that is small, and random from one such sum to the next.
 ROW = 256
-# For `_part`.
+# The part of a batch that is its first sample.
 FIRST = 0
 
 
 class Shifted(NamedTuple):
     """Moments whose mean is `shift + delta`.
 
-    The parts are kept apart: their sum would round `delta` away where the mean is large, and with
-    it the exactness of `x − shift − delta`.
+    The two stay apart. Where the mean is large, their sum would round `delta` away, and with it the
+    exactness of `x − shift − delta`.
     """
 
     shift: jax.Array
@@ -55,23 +55,21 @@ def shifted_moments(
     dtype: DTypeLike,
     differentiated: bool = False,
 ) -> Shifted:
-    """Moments of `x` on all devices, in `dtype`; on `GATHERED` or fewer, in one collective.
+    """Moments of `x` on all devices, in `dtype`; one collective on at most `GATHERED` devices.
 
-    Where they are `differentiated`, `delta` must be exact too: every value of a sum over the batch
-    is off by what the mean is off.
+    Derivatives need an exact `delta`: they add up `x − shift − delta` over the whole batch.
     """
     masked, sharding = mask is not None, jax.typeof(x).sharding
     mesh, spec, vector = sharding.mesh, sharding.spec, PartitionSpec(sharding.spec[axis])
-    spread = _names(spec[i] for i in reduced_axes(x.ndim, axis))
+    split = _names(spec[i] for i in reduced_axes(x.ndim, axis))
 
     def local(x: jax.Array, mask: jax.Array | None) -> Shifted:
-        # In the order of the mesh: every process must compile the same.
-        names = tuple(name for name in mesh.axis_names if name in spread)
-        return _merged_across(
-            _local_moments(x, mask, axis, dtype, differentiated), masked, Devices(names)
-        )
+        moments = _local_moments(x, mask, axis, dtype, differentiated)
+        # In the order of the mesh: every process must compile the same program.
+        names = tuple(name for name in mesh.axis_names if name in split)
+        return _merged_across(moments, masked, Devices(names))
 
-    if spread:  # The type of `x` tells where its parts are: each device takes its own.
+    if split:  # The type of `x` says how it is split: each device takes its own part.
         local = jax.shard_map(
             local,
             mesh=mesh,
@@ -101,51 +99,10 @@ def _shifted_moments_jvp(
     return moments, constant._replace(delta=mean_dx, var=2 * covariance)
 
 
-def merged(sets: Shifted, totals: Callable[..., Sequence[jax.Array]]) -> Shifted:
-    """Moments of the union of sets, of which `totals` adds up arrays: once, and once more.
-
-        shift' ≈ Σ w·(shift + delta)    delta' = Σ w·d    var' = Σ w·(var + d²) − delta'²
-
-    with `w = count / Σ count` and `d = (shift − shift') + delta`. Nothing cancels: `delta'` is what
-    rounding left of the mean.
-    """
-    shift, delta, var, count = sets
-    weight = count.reshape(count.shape + (1,) * (shift.ndim - count.ndim))
-    total, joint_count = totals(weight * (shift + delta), count)
-    divisor = jnp.where(joint_count > 0, joint_count, 1)
-    joint = rounded(jax.lax.stop_gradient(total / divisor))
-    # An empty set must not say anything, not even 0 · ∞.
-    distance = jnp.where(weight > 0, (shift - joint) + delta, 0)
-    weight = weight / divisor
-    joint_delta, mean_square = totals(weight * distance, weight * (var + jnp.square(distance)))
-    joint_var = mean_square - jnp.square(joint_delta)
-    # Rounding may leave equal sets of variance 0 just below; the derivative is that of the formula.
-    joint_var = joint_var + jax.lax.stop_gradient(jnp.maximum(-joint_var, 0))
-    return Shifted(joint, joint_delta, joint_var, joint_count)
-
-
-def added(*stacks: jax.Array) -> list[jax.Array]:
-    """The totals of sets that are stacked along the first axis of each array."""
-    return [stack.sum(0) for stack in stacks]
-
-
-def _merged_across(local: Shifted, masked: bool, devices: Devices) -> Shifted:
-    """Gathers the moments of a few devices at once; those of many would be too many for each."""
-    if not devices.names:
-        return local
-    if devices.size > GATHERED and devices.groups is None:
-        vectors = local._replace(count=jnp.broadcast_to(local.count, local.var.shape))
-        moments = merged(vectors, lambda *v: list(summed(jnp.stack(v), devices)))
-        return moments if masked else moments._replace(count=local.count * devices.size)
-    # Without a mask every device has as many values: there is no need to send their number.
-    stacked = gathered(jnp.stack(local if masked else local[:3]), devices)
-    counts = () if masked else (jnp.broadcast_to(local.count, (devices.size,)),)
-    return merged(Shifted(*jnp.moveaxis(stacked, 1, 0), *counts), added)
-
-
 def _local_moments(
     x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike, differentiated: bool
 ) -> Shifted:
+    """Moments of one device's part, in the form that suits its size, its dtype and the platform."""
     if mask is None:
         count = jnp.asarray(x.size // x.shape[axis], dtype)
     else:
@@ -154,61 +111,14 @@ def _local_moments(
     if is_small(x):
         return about(x, mask, count, parts=(FIRST, 1), total=total_by_sample)
     in_pieces = sums_in_pieces(jax.typeof(x), axis)
-    on_a_cpu = functools.partial(
-        about, parts=(16, 4), total=total_in_pieces if in_pieces else total
-    )
+    fast = total_in_pieces if in_pieces else total
+    on_a_cpu = functools.partial(about, parts=(16, 4), total=fast)
     rows = _rows(x, axis) if differentiated else ()
     if mask is None and not in_pieces and (rows or not differentiated) and not may_be_spread(x):
         on_a_cpu = functools.partial(_about_zero, axis=axis, rows=rows, otherwise=on_a_cpu)
     elsewhere = functools.partial(about, parts=(_some_sixteenth(x, axis),), total=total)
     moments: Shifted = jax.lax.platform_dependent(x, mask, count, cpu=on_a_cpu, default=elsewhere)
     return moments
-
-
-def _about_zero(
-    x: jax.Array,
-    mask: None,
-    count: jax.Array,
-    *,
-    axis: int,
-    rows: tuple[int, ...],
-    otherwise: Callable[..., Shifted],
-) -> Shifted:
-    """Moments by `E[x²] − E[x]²` where that loses two bits at most: `E[x]² ≤ 3·var`.
-
-    Where it loses more in any channel, or where squares leave the range of floats, `otherwise`. The
-    mean is that of sums along the axes `rows`, whose roundings cancel each other; without them
-    `delta` is zero.
-    """
-    wide = x.astype(count.dtype)
-    sums = wide.sum(rows, keepdims=True)
-    mean, mean_square = means((sums, jnp.square(wide)), count, axis)
-    var = mean_square - jnp.square(mean)
-    safe = (jnp.square(mean) <= 3 * var) & (var > 1e-25) & (var < 1e25)
-    shift, delta = mean, spread(jnp.zeros_like(mean), jax.typeof(mean))
-    if rows:
-        length, info = x.size // sums.size, jnp.finfo(mean.dtype)
-        # Of so few bits that its products with the length are exact.
-        shift = jax.lax.reduce_precision(mean, info.nexp, info.nmant - length.bit_length())
-        (delta,) = means((sums - length * expand(shift, jax.typeof(x), axis),), count, axis)
-    plain = Shifted(shift, delta, var, count)
-    moments: Shifted = jax.lax.cond(
-        everywhere(safe), lambda x: plain, lambda x: otherwise(x, mask, count), x
-    )
-    return moments
-
-
-def _rows(x: jax.Array, axis: int) -> tuple[int, ...]:
-    """The last axes of positions, as many as have `ROW` values together; none where there are more.
-
-    Sums of so few values have errors that are small, and random from row to row.
-    """
-    axes = reduced_axes(x.ndim, axis)[1:]
-    return next((axes[i:] for i in range(len(axes)) if _size(x, axes[i:]) <= ROW), ())
-
-
-def _size(x: jax.Array, axes: Sequence[int]) -> int:
-    return math.prod(x.shape[i] for i in axes)
 
 
 def _about_estimate(
@@ -220,9 +130,10 @@ def _about_estimate(
     parts: tuple[int, ...],
     total: Total,
 ) -> Shifted:
-    """Moments about an estimate of the mean: that of the first part, corrected by the next ones.
+    """Moments about an estimate K of the mean: `E[x − K]` and `E[(x − K)²] − E[x − K]²`.
 
-    Under a mask every part is all that it leaves.
+    K is the mean of the first of the `parts`; each further part corrects it. Under a mask every
+    part is all that the mask keeps.
     """
     if mask is None and x.ndim > 2:
         x, axis = flattened(x, axis)
@@ -234,22 +145,91 @@ def _about_estimate(
             some_count = jnp.asarray(some.size // some.shape[axis], count.dtype)
         (left,) = means((centered(some, mask, axis, estimate),), some_count, axis, total=total)
         (estimate,) = written_out(x, rounded(estimate + rounded(left)))
-    # Differences of their own: XLA's CPU compiler would write one out that both sums are made of.
+    # Two differences: XLA's CPU compiler would write out one that both sums use.
     deviation, same = (centered(x, mask, axis, v) for v in (estimate, apart(estimate, "cpu")))
     delta, mean_square = means((deviation, jnp.square(same)), count, axis, total=total)
-    # Rounding may leave a constant channel just below zero.
+    # Rounding may leave the variance of a constant channel just below zero.
     var = jnp.maximum(mean_square - jnp.square(delta), 0)
     if parts[-1] == 1:
         return Shifted(estimate, delta, var, count)
-    # The mean itself is the better shift from here on.
+    # From here on the mean itself is the better shift.
     (shift,) = written_out(x, rounded(estimate + rounded(delta)))
     return Shifted(shift, (estimate - shift) + delta, var, count)
 
 
-def _names(entries: Iterable[Any]) -> set[str]:
-    """The mesh axes in entries of a specification, each of which has none, one or several."""
-    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in entries)
-    return {name for entry in entries for name in entry if name is not None}
+def _about_zero(
+    x: jax.Array,
+    mask: None,
+    count: jax.Array,
+    *,
+    axis: int,
+    rows: tuple[int, ...],
+    otherwise: Callable[..., Shifted],
+) -> Shifted:
+    """Moments by `E[x²] − E[x]²` if that loses at most two bits, `E[x]² ≤ 3·var`, in all channels.
+
+    If it loses more, or if squares leave the range of floats, the moments are those of `otherwise`.
+    With axes in `rows`, the mean is that of the sums along them, and `delta` is exact: the rounding
+    errors of many short sums cancel. Without, `delta` is zero.
+    """
+    wide = x.astype(count.dtype)
+    sums = wide.sum(rows, keepdims=True)
+    mean, mean_square = means((sums, jnp.square(wide)), count, axis)
+    var = mean_square - jnp.square(mean)
+    safe = (jnp.square(mean) <= 3 * var) & (var > 1e-25) & (var < 1e25)
+    shift, delta = mean, spread(jnp.zeros_like(mean), jax.typeof(mean))
+    if rows:
+        length, info = x.size // sums.size, jnp.finfo(mean.dtype)
+        # Of so few bits that its product with the length is exact.
+        shift = jax.lax.reduce_precision(mean, info.nexp, info.nmant - length.bit_length())
+        (delta,) = means((sums - length * expand(shift, jax.typeof(x), axis),), count, axis)
+    plain = Shifted(shift, delta, var, count)
+    moments: Shifted = jax.lax.cond(
+        everywhere(safe), lambda x: plain, lambda x: otherwise(x, mask, count), x
+    )
+    return moments
+
+
+def merged(sets: Shifted, totals: Callable[..., Sequence[jax.Array]]) -> Shifted:
+    """Moments of the union of sets; `totals` adds up arrays over the sets.
+
+        shift' ≈ Σ w·(shift + delta)    delta' = Σ w·d    var' = Σ w·(var + d²) − delta'²
+
+    with `w = count / Σ count` and `d = (shift − shift') + delta`. Nothing cancels: `delta'` is what
+    rounding left of the mean.
+    """
+    shift, delta, var, count = sets
+    weight = count.reshape(count.shape + (1,) * (shift.ndim - count.ndim))
+    total, joint_count = totals(weight * (shift + delta), count)
+    divisor = jnp.where(joint_count > 0, joint_count, 1)
+    joint = rounded(jax.lax.stop_gradient(total / divisor))
+    # An empty set has no say, not even as 0 · ∞.
+    distance = jnp.where(weight > 0, (shift - joint) + delta, 0)
+    weight = weight / divisor
+    joint_delta, mean_square = totals(weight * distance, weight * (var + jnp.square(distance)))
+    joint_var = mean_square - jnp.square(joint_delta)
+    # Rounding may leave a variance of zero just below it; the derivative stays that of the formula.
+    joint_var = joint_var + jax.lax.stop_gradient(jnp.maximum(-joint_var, 0))
+    return Shifted(joint, joint_delta, joint_var, joint_count)
+
+
+def added(*stacks: jax.Array) -> list[jax.Array]:
+    """The totals of sets that are stacked along the first axis of each array."""
+    return [stack.sum(0) for stack in stacks]
+
+
+def _merged_across(local: Shifted, masked: bool, devices: Devices) -> Shifted:
+    """The moments of all devices: gathered from a few at once, summed twice over many."""
+    if not devices.names:
+        return local
+    if devices.size > GATHERED and devices.groups is None:
+        vectors = local._replace(count=jnp.broadcast_to(local.count, local.var.shape))
+        moments = merged(vectors, lambda *v: list(summed(jnp.stack(v), devices)))
+        return moments if masked else moments._replace(count=local.count * devices.size)
+    # Without a mask all devices have the same count, so it need not be sent.
+    stacked = gathered(jnp.stack(local if masked else local[:3]), devices)
+    counts = () if masked else (jnp.broadcast_to(local.count, (devices.size,)),)
+    return merged(Shifted(*jnp.moveaxis(stacked, 1, 0), *counts), added)
 
 
 def total(x: jax.Array, axis: int) -> jax.Array:
@@ -258,7 +238,7 @@ def total(x: jax.Array, axis: int) -> jax.Array:
 
 
 def total_by_sample(x: jax.Array, axis: int) -> jax.Array:
-    """`total`, each sample by itself first: half of the sums that compilers add one by one."""
+    """`total`, each sample first: compilers add small arrays one by one, and errors add up."""
     positions = reduced_axes(x.ndim, axis)[1:]
     return total(rounded(x.sum(positions, keepdims=True)) if positions else x, axis)
 
@@ -270,7 +250,7 @@ def means(
     devices: Devices = ALONE,
     total: Total = total,
 ) -> tuple[jax.Array, ...]:
-    """The total of each array on all devices, over `count`; zero where there is nothing."""
+    """The total of each array on all devices, over `count`; zero where the count is zero."""
     sums = [total(x, axis) for x in arrays]
     if devices.names:
         sums = list(summed(jnp.stack(sums), devices))
@@ -283,9 +263,9 @@ def expand(vector: jax.Array, like: Any, axis: int) -> jax.Array:
 
 
 def centered(x: jax.Array, mask: jax.Array | None, axis: int, shift: jax.Array) -> jax.Array:
-    """`x − shift`, in the dtype of the shift; zero where masked, whatever stands there.
+    """`x − shift` in the dtype of the shift; zero where masked.
 
-    Masked values are replaced before any arithmetic, so that NaN among them shows nowhere.
+    Masked entries are replaced before any arithmetic, so that NaN in them raises no alarm.
     """
     wide = where_valid(mask, x).astype(shift.dtype)
     return where_valid(mask, wide - expand(shift, jax.typeof(x), axis))
@@ -297,33 +277,20 @@ def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:
 
 
 def _valid_count(mask: jax.Array, x: jax.Array, axis: int, dtype: DTypeLike) -> jax.Array:
-    """How many values of each channel the mask leaves, counted before it is broadcast: `[C]`."""
+    """How many values of each channel the mask keeps, counted before it is broadcast: `[C]`."""
     axes = reduced_axes(x.ndim, axis)
     repeats = _size(x, [i for i in axes if mask.shape[i] == 1 != x.shape[i]])
     count = mask.sum(axes, dtype=jnp.int32).astype(dtype) * repeats
     return jnp.broadcast_to(count, (x.shape[axis],))
 
 
-def _some_sixteenth(x: jax.Array, axis: int) -> int:
-    """16, or less where that makes a sum fast: for `_part`, where it takes positions.
-
-    XLA:GPU adds up to 4096 values of a channel in one block of threads, one after the other, and
-    spreads more over the whole chip (`ReductionDimensionRaceFreeBound`).
-    """
-    if x.ndim == 1:
-        return 16
-    values = x.size // x.shape[axis]
-    positions = values // x.shape[reduced_axes(x.ndim, axis)[0]]
-    return values // 4097 if positions >= 16 and 1024 < values // 16 <= 4096 else 16
-
-
 def _part(x: jax.Array, axis: int, part: int) -> jax.Array:
-    """A `part`-th of each channel's values, or a few more; of `FIRST` those of the first sample.
+    """A `part`-th of each channel's values, or a few more; the first sample for `FIRST`.
 
-    The mean K of a fraction f obeys (E[x] − K)² ≤ Var[x]·(1 − f)/f on any data. E[(x − K)²] is then
-    at most 1/f times the variance, which loses two bits to it at f = 1/4, four at 1/16. A batch
-    that is spread over devices stays in place: the positions in the middle are taken of every
-    sample, or, where samples have too few positions for that, samples at equal distances.
+    The mean K of a fraction f obeys (E[x] − K)² ≤ Var[x]·(1 − f)/f, whatever the data. E[(x − K)²]
+    is then at most 1/f times the variance, which costs two bits for f = 1/4 and four for 1/16. A
+    batch that is split over devices stays in place: the part is the middle positions of every
+    sample, or samples at equal distances if samples have too few positions.
     """
     if part == 1 or x.ndim == 1 or x.size == 0:
         return x
@@ -336,3 +303,32 @@ def _part(x: jax.Array, axis: int, part: int) -> jax.Array:
     number = -(-size // part)
     start = (size - number) // 2
     return jax.lax.slice_in_dim(x, start, start + number, axis=positions[0])
+
+
+def _some_sixteenth(x: jax.Array, axis: int) -> int:
+    """16, or less where that makes the sum of a part fast on a GPU.
+
+    XLA:GPU adds up to 4096 values of a channel one after the other in one block of threads, and
+    spreads more than that over the whole chip (`ReductionDimensionRaceFreeBound`).
+    """
+    if x.ndim == 1:
+        return 16
+    values = x.size // x.shape[axis]
+    positions = values // x.shape[reduced_axes(x.ndim, axis)[0]]
+    return values // 4097 if positions >= 16 and 1024 < values // 16 <= 4096 else 16
+
+
+def _rows(x: jax.Array, axis: int) -> tuple[int, ...]:
+    """The last axes of positions that have at most `ROW` values together; none if one has more."""
+    axes = reduced_axes(x.ndim, axis)[1:]
+    return next((axes[i:] for i in range(len(axes)) if _size(x, axes[i:]) <= ROW), ())
+
+
+def _size(x: jax.Array, axes: Sequence[int]) -> int:
+    return math.prod(x.shape[i] for i in axes)
+
+
+def _names(entries: Iterable[Any]) -> set[str]:
+    """The mesh axes in entries of a specification, each of which has none, one or several."""
+    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in entries)
+    return {name for entry in entries for name in entry if name is not None}

@@ -126,8 +126,8 @@ class BatchNorm(nn.Module):
         Args:
           x: input, channels at `axis`.
           use_running_average: see the attribute of this name.
-          mask: True, or 1, where a value counts; broadcasts against `x`. What stands elsewhere is
-            not looked at, and the output there is zero.
+          mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even
+            NaN, never affect a result or a derivative; the output there is zero.
           residual: added before the activation; in the shape of `x` and the dtype of the output.
 
         Returns:

@@ -5,9 +5,10 @@ import csv
 import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from benchmarks import libraries, networks
-from benchmarks.compiled import memory
+from benchmarks.compiled import memory, step_memory
 from benchmarks.timing import bench_gpu, bench_network, layer_problems, small_layers
 
 pytestmark = [
@@ -102,3 +103,13 @@ def test_the_gpu_benchmark_runs_without_one(tmp_path):
     assert {row["passes"] for row in rows} == set(layer_problems.PASSES)
     assert all(float(row["error"]) < 2e-6 for row in rows)
     assert all(float(row["lower_ms"]) > 0 for row in rows)
+
+
+def test_steps_under_checkpoints_are_compiled(tmp_path, capsys, monkeypatch):
+    cpu = SingleDeviceSharding(jax.devices("cpu")[0])
+    monkeypatch.setattr(step_memory.traffic, "compilers", lambda: {"CPU": cpu})
+    path = tmp_path / "rows.csv"
+    step_memory.main(["--stages", "7×7×2048", "--batch", "1", "--csv", str(path)])
+    assert "CPU, bfloat16, batch 1" in capsys.readouterr().out
+    rows = [line for line in path.read_text().splitlines() if line.startswith("7×7×2048")]
+    assert len(rows) == 2 * 2 * len(step_memory.POLICIES)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.compiled import h100, hlo, traffic
+from benchmarks.compiled import h100, hlo, network_traffic, step_memory, traffic
 from benchmarks.libraries import LIBRARIES
+from benchmarks.timing import bench_network
 
 pytestmark = pytest.mark.optimized
 
@@ -97,6 +98,33 @@ def test_on_an_h100(case, dtype, layout):
     assert cost.forward + cost.backward <= crossing
     assert cost.kept <= kept
     assert cost.collectives == 0
+
+
+STEP_LIMITS = {"bfloat16": (32.0, 4.35), "float32": (65.5, 9.85)}
+
+
+def step_cost(library, dtype, **options):
+    layers = bench_network.layers_of(library)
+    return network_traffic.step_cost(layers, dtype, False, h100.sharding(), 32, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not h100.available(), reason="needs the package jax-cuda13-plugin")
+@pytest.mark.parametrize("dtype", STEP_LIMITS)
+def test_a_training_step_on_an_h100(dtype):
+    cost, flax = (step_cost(library, dtype) for library in ("jaxbn", "flax.linen"))
+    crossing, temporary = STEP_LIMITS[dtype]
+    assert cost["crossing"] <= crossing < flax["crossing"]
+    assert cost["temporary"] <= temporary
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not h100.available(), reason="needs the package jax-cuda13-plugin")
+def test_names_save_memory_in_a_training_step_on_an_h100():
+    cost = step_cost("jaxbn", "bfloat16")
+    named = step_cost("jaxbn", "bfloat16", policy=step_memory.POLICIES["names"])
+    assert named["temporary"] <= 0.86 * cost["temporary"]
+    assert named["crossing"] <= 1.06 * cost["crossing"]
 
 
 @pytest.mark.parametrize("layout", traffic.SHAPES)

@@ -9,6 +9,7 @@ import pytest
 from helpers.compare import assert_close
 from helpers.numpy_reference import error, masked_train, problem, running, sample, tolerance, train
 from helpers.steps import train_step
+from jax.experimental import checkify
 
 import jaxbn
 from jaxbn import linen
@@ -145,7 +146,7 @@ def test_padding_touches_no_second_derivative_and_no_tangent(mode, value):
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])
-def test_padding_makes_no_nan_that_debug_nans_would_find(mode):
+def test_no_operation_makes_nan_of_padding(mode):
     x, scale, bias, dy = problem((4, 3, 2), -1)
     mask = random_mask((4, 3, 1))
     stats = jaxbn.BatchStats(bias + 3, np.abs(scale) + 1, jnp.int32(0))
@@ -157,10 +158,14 @@ def test_padding_makes_no_nan_that_debug_nans_would_find(mode):
         )
         return (y * dy).sum(), (y, new)
 
+    padded = filled(x, mask, np.nan)
+    with_gradients = jax.value_and_grad(step, (0, 1, 2), has_aux=True)
     with jax.debug_nans(True):
-        padded = filled(x, mask, np.nan)
-        results = jax.value_and_grad(step, (0, 1, 2), has_aux=True)(padded, scale, bias)
+        results = with_gradients(padded, scale, bias)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
+    # Where `debug_nans` looks at results, this looks at every operation.
+    checked = checkify.checkify(with_gradients, errors=checkify.nan_checks)
+    checked(padded, scale, bias)[0].throw()
 
 
 def test_a_padded_batch_is_the_batch():
