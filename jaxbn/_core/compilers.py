@@ -19,8 +19,6 @@ from jaxbn._core.devices import spread
 
 # Elements. Up to here memory traffic does not matter, and one form serves all platforms.
 SMALL = 2**15
-# Channels. With fewer, rows are too short for loops over pieces of them.
-NARROW = 32
 
 # A sum over every axis but one.
 Total = Callable[[jax.Array, int], jax.Array]
@@ -136,8 +134,6 @@ def _pieces(x: Any, axis: int) -> int:
     `x` says that it is spread.
     """
     if is_small(x) or not _adjacent(x.ndim, axis) or is_placed(x):
-        return 1
-    if x.ndim == 2 and x.shape[axis] < NARROW:
         return 1
     shape, axis = _flat(x.shape, axis)
     return next((n for n in range(8, 1, -1) if shape[3 - axis] % n == 0), 1)
