@@ -39,11 +39,7 @@ def checked_groups(virtual_batch_size: int | None, x: jax.Array, axis: int) -> i
 
 
 def by_group(
-    function: Callable[..., Any],
-    groups: int,
-    axis: int,
-    x: jax.Array,
-    *others: jax.Array | None,
+    function: Callable[..., Any], groups: int, axis: int, x: jax.Array, *others: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     """`function(x, *others)`, an output like `x` and a tree of statistics, of each group.
 

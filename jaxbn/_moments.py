@@ -61,8 +61,7 @@ def batch_moments(
       axis: the channel axis of `x`.
       axis_name: name of a mapped axis, or a tuple of names, of `jax.vmap`, `jax.pmap` or
         `jax.shard_map`: the moments are those of the samples on all its devices.
-      axis_index_groups: splits the indices along the one axis into groups of the same size: each
-        index gets the moments of its own group, for example `[[0, 1], [2, 3]]`.
+      axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
       mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
         never affect a result or a derivative.
 

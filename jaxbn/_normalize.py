@@ -54,9 +54,8 @@ def normalize(
       dtype: the dtype of `y`; None for that of `x`.
       mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
         never affect a result or a derivative; the output there is zero.
-      activation: applied to the output in the same pass: None, "relu", "leaky_relu", "silu", "gelu"
-        (the functions of these names in `jax.nn`, with their defaults) or a function of an array
-        that returns one of the same shape, which may close over arrays to be differentiated.
+      activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function
+        that keeps the shape; it may close over arrays, and gradients reach them.
       residual: added before the activation; in the shape of `x` and the dtype of `y`.
 
     Returns:
@@ -130,15 +129,13 @@ def batch_normalize(
       dtype: the dtype of `y`; None for that of `x`.
       axis_name: name of a mapped axis, or a tuple of names, of `jax.vmap`, `jax.pmap` or
         `jax.shard_map`: the batch is the one on all its devices.
-      axis_index_groups: splits the indices along the one axis into groups of the same size, each of
-        which has a batch of its own, for example `[[0, 1], [2, 3]]`.
+      axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
       virtual_batch_size: splits the samples (of each device, where an axis is named) into groups of
         so many neighbours, each normalized by itself: ghost batch norm. None for one group.
       mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
         never affect a result or a derivative; the output there is zero.
-      activation: applied to the output in the same pass: None, "relu", "leaky_relu", "silu", "gelu"
-        (the functions of these names in `jax.nn`, with their defaults) or a function of an array
-        that returns one of the same shape, which may close over arrays to be differentiated.
+      activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function
+        that keeps the shape; it may close over arrays, and gradients reach them.
       residual: added before the activation; in the shape of `x` and the dtype of `y`.
 
     Returns:

@@ -70,10 +70,7 @@ def measure(batch: int, size: int, repetitions: int, table: Table) -> list[dict[
     unfolded, folded = (mobilenet.MobileNetV2(folded=folded) for folded in (False, True))
     variables = variables_of(unfolded, x)
     less = jaxbn.fold_variables(variables, mobilenet.conv_norm_pairs())
-    networks = {
-        "unfolded": compiled(unfolded, variables, x),
-        "folded": compiled(folded, less, x),
-    }
+    networks = {"unfolded": compiled(unfolded, variables, x), "folded": compiled(folded, less, x)}
     expected, actual = (np.asarray(network.run()) for network in networks.values())
     difference = np.abs(actual - expected).max() / np.abs(expected).max()
     runs = {

@@ -142,9 +142,7 @@ def load(path: pathlib.Path = DIGITS) -> Dataset:
 
 
 def _checked(
-    path: pathlib.Path,
-    arrays: dict[str, NDArray[np.generic]],
-    names: tuple[str, ...] | None = None,
+    path: pathlib.Path, arrays: dict[str, NDArray[np.generic]], names: tuple[str, ...] | None = None
 ) -> Dataset:
     """The data set of these arrays, of which `path` is what an error names."""
     _check(path, arrays)

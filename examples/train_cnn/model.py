@@ -61,11 +61,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array | None,
-        train: bool,
-        residual: jax.Array | None = None,
+        self, x: jax.Array, mask: jax.Array | None, train: bool, residual: jax.Array | None = None
     ) -> jax.Array:
         """`relu(batch_norm(conv(x)) + residual)`: images `[N, H, W, C]` to as many features."""
         x = nn.Conv(
@@ -182,7 +178,4 @@ def folded(model: Layers, variables: Any) -> tuple[Layers, Any]:
         return model, variables
     names = [name for name, _ in norm_layers(variables["batch_stats"])]
     pairs = [(f"{name.partition('/')[0]}/Conv_0", name) for name in names]
-    return (
-        model.clone(norm=Norm("none")),
-        fold_variables(variables, pairs, epsilon=EPSILON),
-    )
+    return (model.clone(norm=Norm("none")), fold_variables(variables, pairs, epsilon=EPSILON))

@@ -102,8 +102,13 @@ def total_in_pieces(x: jax.Array, axis: int) -> jax.Array:
     return rounded(functools.reduce(jnp.add, parts)).sum(reduced_axes(3, axis))
 
 
-def expand_in_pieces(vector: jax.Array, like: Any, axis: int) -> jax.Array:
-    """`vector` at every position of an array. Transposed it is `total_in_pieces` on a CPU."""
+def expand_tangent(vector: jax.Array, like: Any, axis: int) -> jax.Array:
+    """`vector` along `axis`, to broadcast against `like`, the type of an array.
+
+    Transposed it is a sum over every other axis, on a CPU in pieces where that is faster.
+    """
+    if not sums_in_pieces(like, axis):
+        return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))
     pieces = _pieces(like, axis)
 
     def whole(vector: jax.Array) -> jax.Array:
@@ -133,7 +138,7 @@ def _pieces(x: Any, axis: int) -> int:
     Samples stay together, since they may be spread over devices. Nothing is split if the type of
     `x` says that it is spread.
     """
-    if is_small(x) or not _adjacent(x.ndim, axis) or is_placed(x):
+    if is_small(x) or not _is_flat_in_place(x, axis):
         return 1
     shape, axis = _flat(x.shape, axis)
     return next((n for n in range(8, 1, -1) if shape[3 - axis] % n == 0), 1)
@@ -141,15 +146,15 @@ def _pieces(x: Any, axis: int) -> int:
 
 def flattened(x: jax.Array, axis: int) -> tuple[jax.Array, int]:
     """`x` with the positions of each sample along one axis, if that moves nothing; its `axis`."""
-    if not _adjacent(x.ndim, axis) or is_placed(jax.typeof(x)):
+    if not _is_flat_in_place(jax.typeof(x), axis):
         return x, axis
     shape, axis = _flat(x.shape, axis)
     return x.reshape(shape), axis
 
 
-def _adjacent(ndim: int, axis: int) -> bool:
-    """Whether the samples are first and the axes of the positions neighbours."""
-    return ndim > 1 and axis in (1, ndim - 1)
+def _is_flat_in_place(x: Any, axis: int) -> bool:
+    """Whether the positions of each sample are neighbours in memory, on one device."""
+    return x.ndim > 1 and axis in (1, x.ndim - 1) and not is_placed(x)
 
 
 def _flat(shape: tuple[int, ...], axis: int) -> tuple[list[int], int]:

@@ -2,23 +2,15 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._activation import PIECEWISE_LINEAR, Activation
-from jaxbn._core.compilers import apart, expand_in_pieces, sums_in_pieces, written_out
+from jaxbn._core.compilers import apart, expand_tangent, written_out
 from jaxbn._core.forward import Form, Operands, activated, applied, coefficients
-from jaxbn._core.moments import (
-    Shifted,
-    centered,
-    expand,
-    means,
-    shifted_moments,
-    where_valid,
-)
+from jaxbn._core.moments import Shifted, centered, expand, means, shifted_moments, where_valid
 
 # For policies of `jax.checkpoint`: from these a layer is computed again without reductions.
 INPUT, MEAN, RSTD = CHECKPOINT_NAMES = ("jaxbn.input", "jaxbn.mean", "jaxbn.rstd")
@@ -110,7 +102,7 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
     p = directions.bias - k * mean_dx - delta * q
     # A second difference: XLA's CPU compiler would write out one that `dx` uses too.
     deviation = centered(x, mask, form.axis, apart(shift, "cpu"))
-    p, q = (_expand_tangent(v, like, form.axis) for v in (p, q * unit))
+    p, q = (expand_tangent(v, like, form.axis) for v in (p, q * unit))
     terms = p + jnp.zeros_like(dx), deviation * q, expand(k, like, form.axis) * dx
     if form.activation in PIECEWISE_LINEAR and directions.residual is None:
         dy = _term_by_term(form.activation, terms, operands, moments, rstd, form)
@@ -122,12 +114,6 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
     dvar, drstd = 2 * mean_dx_normalized / rstd, -(rstd * mean_dx_normalized) * rstd
     dmoments = Shifted(jnp.zeros_like(shift), mean_dx, dvar, jnp.zeros_like(count))
     return where_valid(mask, dy), dmoments, drstd
-
-
-def _expand_tangent(vector: jax.Array, like: Any, axis: int) -> jax.Array:
-    """`expand` of a tangent. Transposed it is a sum, on a CPU in the faster of its forms."""
-    in_pieces = sums_in_pieces(like, axis)
-    return expand_in_pieces(vector, like, axis) if in_pieces else expand(vector, like, axis)
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:

@@ -42,12 +42,8 @@ class Operands(NamedTuple):
     constants: tuple[jax.Array, ...]  # of the activation
 
 
-class Coefficients(NamedTuple):
-    """The vectors of `(x − shift)·factor + offset`."""
-
-    shift: jax.Array
-    factor: jax.Array
-    offset: jax.Array
+# Of each channel: shift, factor, offset.
+Coefficients = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def coefficients(
@@ -56,7 +52,7 @@ def coefficients(
     """Those for the mean `shift + delta`; without `delta` for the mean `shift`."""
     factor = operands.scale * rstd
     offset = operands.bias if delta is None else operands.bias - delta * factor
-    return Coefficients(shift, factor, offset)
+    return shift, factor, offset
 
 
 def applied(coefficients: Coefficients, operands: Operands, form: Form) -> jax.Array:

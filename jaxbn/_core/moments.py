@@ -103,10 +103,7 @@ def _local_moments(
     x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike, differentiated: bool
 ) -> Shifted:
     """Moments of one device's part, in the form that suits its size, its dtype and the platform."""
-    if mask is None:
-        count = jnp.asarray(x.size // x.shape[axis], dtype)
-    else:
-        count = _valid_count(mask, x, axis, dtype)
+    count = _count(x, mask, axis, dtype)
     about = functools.partial(_about_estimate, axis=axis)
     if is_small(x):
         return about(x, mask, count, parts=(FIRST, 1), total=total_by_sample)
@@ -117,8 +114,8 @@ def _local_moments(
     if mask is None and not in_pieces and (rows or not differentiated) and not may_be_spread(x):
         on_a_cpu = functools.partial(_about_zero, axis=axis, rows=rows, otherwise=on_a_cpu)
     elsewhere = functools.partial(about, parts=(_some_sixteenth(x, axis),), total=total)
-    moments: Shifted = jax.lax.platform_dependent(x, mask, count, cpu=on_a_cpu, default=elsewhere)
-    return moments
+    choose: Callable[..., Shifted] = jax.lax.platform_dependent
+    return choose(x, mask, count, cpu=on_a_cpu, default=elsewhere)
 
 
 def _about_estimate(
@@ -139,10 +136,8 @@ def _about_estimate(
         x, axis = flattened(x, axis)
     estimate = jnp.zeros(x.shape[axis], count.dtype)
     for part in parts:
-        some, some_count = x, count
-        if mask is None:
-            some = _part(x, axis, part)
-            some_count = jnp.asarray(some.size // some.shape[axis], count.dtype)
+        some = x if mask is not None else _part(x, axis, part)
+        some_count = count if mask is not None else _count(some, None, axis, count.dtype)
         (left,) = means((centered(some, mask, axis, estimate),), some_count, axis, total=total)
         (estimate,) = written_out(x, rounded(estimate + rounded(left)))
     # Two differences: XLA's CPU compiler would write out one that both sums use.
@@ -276,8 +271,10 @@ def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def _valid_count(mask: jax.Array, x: jax.Array, axis: int, dtype: DTypeLike) -> jax.Array:
-    """How many values of each channel the mask keeps, counted before it is broadcast: `[C]`."""
+def _count(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike) -> jax.Array:
+    """How many values each channel has; `[C]` under a mask, counted before it is broadcast."""
+    if mask is None:
+        return jnp.asarray(x.size // x.shape[axis], dtype)
     axes = reduced_axes(x.ndim, axis)
     repeats = _size(x, [i for i in axes if mask.shape[i] == 1 != x.shape[i]])
     count = mask.sum(axes, dtype=jnp.int32).astype(dtype) * repeats

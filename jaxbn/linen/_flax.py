@@ -14,13 +14,7 @@ from jaxbn._checks import checked_array
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._flax.features import feature_axes
 from jaxbn._flax.layer import check_channels, flax_layer
-from jaxbn.linen._variables import (
-    running_statistics,
-    scale_and_bias,
-    store,
-    training_mode,
-    values,
-)
+from jaxbn.linen._variables import running_statistics, scale_and_bias, store, training_mode, values
 
 
 class BatchNorm(nn.Module):
@@ -60,15 +54,12 @@ class BatchNorm(nn.Module):
       scale_init: initializer of `scale`.
       axis_name: name of a mapped axis of devices, or a tuple of names, over which the batch extends
         in training. It need not be bound in initialization.
-      axis_index_groups: splits the indices along the one axis into groups of the same size, each of
-        which has a batch of its own, for example `[[0, 1], [2, 3]]`.
+      axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
       use_fast_variance: without effect, for either value: the variance is as fast and exact.
       force_float32_reductions: False stores the running statistics in `param_dtype` where that is
         float64; reductions are at least float32 in any case.
-      activation: applied to the output: None, "relu", "leaky_relu", "silu", "gelu" (as `jax.nn` has
-        them) or a function.
-      skip_nonfinite: leave the running statistics of a channel as they are where a batch has NaN or
-        infinity in it.
+      activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function.
+      skip_nonfinite: keep the statistics of a channel if the batch has NaN or infinity in it.
       virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
         each normalized by itself: ghost batch norm. The running statistics take the merged moments.
 

@@ -13,13 +13,7 @@ from jaxbn._checks import checked_float
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._flax.layer import check_channels, check_layout, torch_layer
 from jaxbn._stats import BatchStats
-from jaxbn.linen._variables import (
-    running_statistics,
-    scale_and_bias,
-    store,
-    training_mode,
-    values,
-)
+from jaxbn.linen._variables import running_statistics, scale_and_bias, store, training_mode, values
 
 
 class _TorchBatchNorm(nn.Module):
@@ -126,12 +120,9 @@ class BatchNorm1d(_TorchBatchNorm):
       use_running_average: whether to normalize by the running statistics (torch `eval()`); given
         either here or in the call. In the call it may be a traced bool; `batch_stats` must then be
         mutable in inference too.
-      activation: applied to the output: None, "relu", "leaky_relu", "silu", "gelu" (as `jax.nn` has
-        them) or a function.
-      skip_nonfinite: leave the running statistics of a channel as they are where a batch has NaN or
-        infinity in it.
-      axis_index_groups: splits the indices along the one axis into groups of the same size, each of
-        which has a batch of its own, for example `[[0, 1], [2, 3]]`.
+      activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function.
+      skip_nonfinite: keep the statistics of a channel if the batch has NaN or infinity in it.
+      axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
       virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
         each normalized by itself: ghost batch norm. The running statistics take the merged moments.
 
@@ -162,8 +153,7 @@ class BatchNorm1d(_TorchBatchNorm):
 class BatchNorm2d(_TorchBatchNorm):
     """Batch norm over `(N, C, H, W)`, with `torch.nn.BatchNorm2d`'s constructor.
 
-    Formula, variables, attributes and errors are those of `BatchNorm1d`; with `axis=-1` the layout
-    is `(N, H, W, C)`.
+    All else is as in `BatchNorm1d`; with `axis=-1` the layout is `(N, H, W, C)`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -184,8 +174,7 @@ class BatchNorm2d(_TorchBatchNorm):
 class BatchNorm3d(_TorchBatchNorm):
     """Batch norm over `(N, C, D, H, W)`, with `torch.nn.BatchNorm3d`'s constructor.
 
-    Formula, variables, attributes and errors are those of `BatchNorm1d`; with `axis=-1` the layout
-    is `(N, D, H, W, C)`.
+    All else is as in `BatchNorm1d`; with `axis=-1` the layout is `(N, D, H, W, C)`.
 
     Example:
       >>> import jax, jax.numpy as jnp

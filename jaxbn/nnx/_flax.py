@@ -50,10 +50,8 @@ class BatchNorm(BatchNormLayer):
       use_scale: whether there is a `scale`.
       bias_init: initializer of `bias`.
       scale_init: initializer of `scale`.
-      axis_name: name of a mapped axis of devices, or a tuple of names, over which the batch extends
-        in training.
-      axis_index_groups: splits the indices along the one axis into groups of the same size, each of
-        which has a batch of its own, for example `[[0, 1], [2, 3]]`.
+      axis_name: mapped axis of devices, or a tuple of such, that share a batch in training.
+      axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
       use_fast_variance: without effect, for either value: the variance is as fast and exact.
       promote_dtype: function of the tuple `(x, mean, var, scale, bias)` and a keyword `dtype` that
         returns the arrays as they are to be used; the output has the dtype of its `x`. The
@@ -62,10 +60,8 @@ class BatchNorm(BatchNormLayer):
       rngs: random numbers for the initializers.
       bias_metadata: metadata of the variable `bias`, for example `{"out_sharding": ("model",)}`.
       scale_metadata: metadata of the variable `scale`.
-      activation: applied to the output: None, "relu", "leaky_relu", "silu", "gelu" (as `jax.nn` has
-        them) or a function.
-      skip_nonfinite: leave the running statistics of a channel as they are where a batch has NaN or
-        infinity in it.
+      activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function.
+      skip_nonfinite: keep the statistics of a channel if the batch has NaN or infinity in it.
       virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
         each normalized by itself: ghost batch norm. The running statistics take the merged moments.
 

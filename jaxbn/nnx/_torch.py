@@ -132,17 +132,13 @@ class BatchNorm1d(_TorchBatchNorm):
       param_dtype: dtype of `scale` and `bias`; the statistics are float32, or float64 where it is.
       scale_init: initializer of `scale`.
       bias_init: initializer of `bias`.
-      axis_name: name of a mapped axis of devices, or a tuple of names, over which the batch extends
-        in training.
+      axis_name: mapped axis of devices, or a tuple of such, that share a batch in training.
       use_running_average: whether to normalize by the running statistics (torch `eval()`), unless
         the call says; `train()`, `eval()` and `nnx.view` set it. In the call it may be a traced
         bool.
-      activation: applied to the output: None, "relu", "leaky_relu", "silu", "gelu" (as `jax.nn` has
-        them) or a function.
-      skip_nonfinite: leave the running statistics of a channel as they are where a batch has NaN or
-        infinity in it.
-      axis_index_groups: splits the indices along the one axis into groups of the same size, each of
-        which has a batch of its own, for example `[[0, 1], [2, 3]]`.
+      activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function.
+      skip_nonfinite: keep the statistics of a channel if the batch has NaN or infinity in it.
+      axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
       virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
         each normalized by itself: ghost batch norm. The running statistics take the merged moments.
       rngs: random numbers for the initializers.
@@ -171,8 +167,7 @@ class BatchNorm1d(_TorchBatchNorm):
 class BatchNorm2d(_TorchBatchNorm):
     """Batch norm over `(N, C, H, W)`, with `torch.nn.BatchNorm2d`'s constructor.
 
-    Formula, variables, arguments and errors are those of `BatchNorm1d`; with `axis=-1` the layout
-    is `(N, H, W, C)`.
+    All else is as in `BatchNorm1d`; with `axis=-1` the layout is `(N, H, W, C)`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -192,8 +187,7 @@ class BatchNorm2d(_TorchBatchNorm):
 class BatchNorm3d(_TorchBatchNorm):
     """Batch norm over `(N, C, D, H, W)`, with `torch.nn.BatchNorm3d`'s constructor.
 
-    Formula, variables, arguments and errors are those of `BatchNorm1d`; with `axis=-1` the layout
-    is `(N, D, H, W, C)`.
+    All else is as in `BatchNorm1d`; with `axis=-1` the layout is `(N, D, H, W, C)`.
 
     Example:
       >>> from flax import nnx

@@ -240,9 +240,7 @@ def test_a_model_decides_about_its_variables(norm, counted):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [{"affine": False}, {"bias": False}, {"track_running_stats": False}, {}],
-    ids=str,
+    "flags", [{"affine": False}, {"bias": False}, {"track_running_stats": False}, {}], ids=str
 )
 def test_what_the_dict_lacks_the_layer_lacks(flags):
     x = jnp.ones((2, 3))

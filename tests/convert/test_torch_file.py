@@ -196,10 +196,7 @@ HOSTILE = {
     ),
     "a function of torch": (one(legacy.function("torch load")), "needs no GLOBAL torch load"),
     "a module of ours": (one(legacy.function("torch_file read")), "no GLOBAL torch_file read"),
-    "a function by a string": (
-        one(text("os") + text("system") + b"\x93"),
-        "needs no STACK_GLOBAL",
-    ),
+    "a function by a string": (one(text("os") + text("system") + b"\x93"), "needs no STACK_GLOBAL"),
     "a function by a number": (one(b"\x82\x01"), "needs no EXT1 1"),
     "a call of a string": (one(text("exit") + b")R"), "'str' object is not callable"),
     "a call of a storage": (one(FLOATS + b")R"), "'Storage' object is not callable"),

@@ -143,10 +143,7 @@ def test_promote_dtype_is_asked():
 
 def test_metadata_of_parameters():
     layer = nnx.BatchNorm(
-        4,
-        scale_metadata={"tag": "s"},
-        bias_metadata={"tag": "b", "frozen": True},
-        rngs=rngs(),
+        4, scale_metadata={"tag": "s"}, bias_metadata={"tag": "b", "frozen": True}, rngs=rngs()
     )
     assert layer.scale.tag == "s"
     assert layer.bias.tag == "b"

@@ -142,10 +142,7 @@ def test_the_order_of_samples_and_channels_does_not_matter(batch, random):
 
 @SETTINGS
 @hypothesis.given(
-    batches(dtypes=("float64",)),
-    st.floats(-1e6, 1e6),
-    st.floats(1e-3, 1e3),
-    st.booleans(),
+    batches(dtypes=("float64",)), st.floats(-1e6, 1e6), st.floats(1e-3, 1e3), st.booleans()
 )
 def test_translation_and_scale(batch, offset, factor, negative):
     x, axis, _, mask = batch

@@ -78,19 +78,13 @@ TREES = {
         {"kernel": {"values": True, "scale": False}, "bias": True},
     ),
     "parts of a bias": ({"bias": {"scale": V, "w": V}}, {"bias": {"scale": False, "w": True}}),
-    "list": (
-        [{"kernel": V, "bias": V}, {"scale": V, "bias": V}],
-        [DENSE, NORM],
-    ),
+    "list": ([{"kernel": V, "bias": V}, {"scale": V, "bias": V}], [DENSE, NORM]),
     "tuple": (({"bias": V}, V, V), ({"bias": False}, True, True)),
     "dataclass": (
         {"a": Layer(V, V), "b": Layer(None, V, V)},
         {"a": Layer(True, True), "b": Layer(None, False, False)},
     ),
-    "named tuple": (
-        jaxbn.BatchStats(V, V, V),
-        jaxbn.BatchStats(True, True, True),
-    ),
+    "named tuple": (jaxbn.BatchStats(V, V, V), jaxbn.BatchStats(True, True, True)),
     "other names": ({"scales": V, "biases": V}, {"scales": True, "biases": True}),
     "empty": ({}, {}),
     "one array": (V, True),
@@ -171,8 +165,4 @@ def test_in_an_nnx_optimizer():
     step(model, optimizer, jnp.asarray(sample((2, 4, 4, 1), 0, dtype=np.float32)))
     after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     changed = jax.tree.map(lambda a, b: bool((a != b).all()), before, after)
-    assert changed == {
-        "conv": DENSE,
-        "norm": NORM,
-        "blocks": {0: DENSE, 1: NORM},
-    }
+    assert changed == {"conv": DENSE, "norm": NORM, "blocks": {0: DENSE, 1: NORM}}

@@ -73,11 +73,7 @@ def test_default_flags_reach_their_accuracy(flags, epochs, least, apart, capsys)
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        [],
-        ["--dtype", "bfloat16", "--norm", "ghost", "--steps-per-call", "2"],
-        ["--norm", "none"],
-    ],
+    [[], ["--dtype", "bfloat16", "--norm", "ghost", "--steps-per-call", "2"], ["--norm", "none"]],
 )
 def test_same_seed_same_result(flags, few, monkeypatch, capsys):
     training.keep(monkeypatch.setattr)
