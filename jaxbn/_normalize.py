@@ -172,6 +172,7 @@ def batch_normalize(
     x, mask = checked_mask(mask, x)
     residual = checked_residual(residual, x, dtype)
     groups = checked_groups(virtual_batch_size, x, axis)
+    form = form._replace(grouped=groups > 1)
 
     def by_batch(
         x: jax.Array, mask: jax.Array | None, residual: jax.Array | None

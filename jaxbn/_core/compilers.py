@@ -1,9 +1,8 @@
 """Forms that exist for the sake of one compiler, each with its reason.
 
-XLA's CPU compiler runs a sum, and the float32 arithmetic in front of it, as one fast loop if
-nothing else uses that arithmetic. It writes out conversions from float16 and bfloat16, and what a
-sum shares with other code. `benchmarks/README.md` has the measurements, on the oldest and the
-newest JAX.
+XLA's CPU compiler runs a sum, and the float32 arithmetic in front of it, as one fast loop. It writes
+out selections, conversions from float16 and bfloat16, and what a sum shares with other code.
+`benchmarks/README.md` has the measurements, on the oldest and the newest JAX.
 """
 
 import functools
@@ -102,12 +101,12 @@ def total_in_pieces(x: jax.Array, axis: int) -> jax.Array:
     return rounded(functools.reduce(jnp.add, parts)).sum(reduced_axes(3, axis))
 
 
-def expand_tangent(vector: jax.Array, like: Any, axis: int) -> jax.Array:
+def expand_tangent(vector: jax.Array, like: Any, axis: int, masked: bool) -> jax.Array:
     """`vector` along `axis`, to broadcast against `like`, the type of an array.
 
     Transposed it is a sum over every other axis, on a CPU in pieces where that is faster.
     """
-    if not sums_in_pieces(like, axis):
+    if not sums_in_pieces(like, axis, masked):
         return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))
     pieces = _pieces(like, axis)
 
@@ -127,9 +126,9 @@ def expand_tangent(vector: jax.Array, like: Any, axis: int) -> jax.Array:
     return expanded
 
 
-def sums_in_pieces(x: Any, axis: int) -> bool:
+def sums_in_pieces(x: Any, axis: int, masked: bool) -> bool:
     """Whether a CPU sums what is computed from a batch of this type faster in pieces."""
-    return x.dtype.itemsize <= 2 and _pieces(x, axis) > 1
+    return (masked or x.dtype.itemsize <= 2) and _pieces(x, axis) > 1
 
 
 def _pieces(x: Any, axis: int) -> int:

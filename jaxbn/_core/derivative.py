@@ -102,7 +102,8 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
     p = directions.bias - k * mean_dx - delta * q
     # A second difference: XLA's CPU compiler would write out one that `dx` uses too.
     deviation = centered(x, mask, form.axis, apart(shift, "cpu"))
-    p, q = (expand_tangent(v, like, form.axis) for v in (p, q * unit))
+    masked = mask is not None or form.grouped
+    p, q = (expand_tangent(v, like, form.axis, masked) for v in (p, q * unit))
     terms = p + jnp.zeros_like(dx), deviation * q, expand(k, like, form.axis) * dx
     if form.activation in PIECEWISE_LINEAR and directions.residual is None:
         dy = _term_by_term(form.activation, terms, operands, moments, rstd, form)

@@ -29,6 +29,7 @@ class Form(NamedTuple):
     devices: Devices = ALONE
     activation: Activation | None = None
     differentiated: bool = False
+    grouped: bool = False  # one of several groups, under `jax.vmap`
 
 
 class Operands(NamedTuple):

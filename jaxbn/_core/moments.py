@@ -107,11 +107,10 @@ def _local_moments(
     about = functools.partial(_about_estimate, axis=axis)
     if is_small(x):
         return about(x, mask, count, parts=(FIRST, 1), total=total_by_sample)
-    in_pieces = sums_in_pieces(jax.typeof(x), axis)
-    fast = total_in_pieces if in_pieces else total
-    on_a_cpu = functools.partial(about, parts=(16, 4), total=fast)
+    on_a_cpu = functools.partial(about, parts=(16, 4), total=total_in_pieces)
+    in_pieces = mask is not None or sums_in_pieces(jax.typeof(x), axis, masked=False)
     rows = _rows(x, axis) if differentiated else ()
-    if mask is None and not in_pieces and (rows or not differentiated) and not may_be_spread(x):
+    if not in_pieces and (rows or not differentiated) and not may_be_spread(x):
         on_a_cpu = functools.partial(_about_zero, axis=axis, rows=rows, otherwise=on_a_cpu)
     elsewhere = functools.partial(about, parts=(_some_sixteenth(x, axis),), total=total)
     choose: Callable[..., Shifted] = jax.lax.platform_dependent
