@@ -1,7 +1,7 @@
 """Forms that exist for the sake of one compiler, each with its reason.
 
-XLA's CPU compiler runs a sum, and the float32 arithmetic in front of it, as one fast loop. It writes
-out selections, conversions from float16 and bfloat16, and what a sum shares with other code.
+XLA's CPU compiler runs a sum, and the float32 arithmetic in front of it, as one fast loop. It
+writes out selections, conversions from float16 and bfloat16, and what a sum shares with other code.
 `benchmarks/README.md` has the measurements, on the oldest and the newest JAX.
 """
 
