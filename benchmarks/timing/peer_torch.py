@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,7 +31,7 @@ def tensor(array: jax.Array, name: str, channels: int) -> Any:
     """An array as torch has it; images, channels where `channels` says, in the memory of `name`."""
     import torch
 
-    value = torch.from_dlpack(array).clone()
+    value = torch.from_dlpack(jnp.asarray(array)).clone()
     if array.ndim < 4:
         return value
     value = value.permute(0, 3, 1, 2) if channels == -1 else value
