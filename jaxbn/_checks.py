@@ -103,8 +103,8 @@ def axis_hint(shape: tuple[int, ...], axis: int, expected: tuple[int, ...]) -> s
     return f" For {layout} inputs pass axis={other}."
 
 
-def checked_epsilon(epsilon: float, *, train: bool) -> float:
-    """`epsilon` as a float: finite, positive in training, non-negative in inference."""
+def checked_epsilon(epsilon: float, dtype: np.dtype[Any], *, train: bool) -> float:
+    """`epsilon` as a float that `dtype` has: positive in training, non-negative in inference."""
     if not isinstance(epsilon, numbers.Real):
         raise TypeError(
             "`epsilon` must be a Python number, known when the function is traced; "
@@ -113,6 +113,11 @@ def checked_epsilon(epsilon: float, *, train: bool) -> float:
     if not math.isfinite(epsilon) or epsilon < 0 or (train and epsilon == 0):
         requirement = "positive during training" if train else "non-negative"
         raise ValueError(f"`epsilon` must be finite and {requirement}; got {epsilon}.")
+    low, high = float(np.finfo(dtype).tiny), float(np.finfo(dtype).max)
+    if not low <= epsilon <= high and epsilon != 0:
+        raise ValueError(
+            f"`epsilon` must be in the range of {dtype}, {low:.1e} to {high:.1e}; got {epsilon}."
+        )
     return float(epsilon)
 
 

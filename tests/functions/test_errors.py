@@ -167,6 +167,12 @@ CASES = {
         ValueError,
         "`epsilon` must be finite and non-negative; got -0.001.",
     ),
+    "epsilon that float32 rounds to zero": (
+        lambda: train(epsilon=1e-50),
+        ValueError,
+        "`epsilon` must be in the range of float32, 1.2e-38 to 3.4e+38; got 1e-50.",
+    ),
+    "epsilon that float32 does not have": (lambda: infer(epsilon=1e39), ValueError, "got 1e+39."),
     "infinite epsilon": (lambda: train(epsilon=np.inf), ValueError, "got inf."),
     "NaN epsilon": (lambda: infer(epsilon=np.nan), ValueError, "got nan."),
     "traced epsilon": (
