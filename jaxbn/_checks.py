@@ -29,8 +29,10 @@ def checked_array(value: ArrayLike, name: str) -> jax.Array:
     """`value` as an array."""
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"`{name}` must be an array; got {value!r}.") from None
+    except (TypeError, ValueError) as error:
+        given = repr(value)
+        given = given if len(given) <= 80 else f"a {type(value).__name__}"
+        raise TypeError(f"`{name}` must be an array; got {given}.") from error
 
 
 def checked_float(value: ArrayLike, name: str) -> jax.Array:
@@ -101,8 +103,8 @@ def axis_hint(shape: tuple[int, ...], axis: int, expected: tuple[int, ...]) -> s
     return f" For {layout} inputs pass axis={other}."
 
 
-def checked_epsilon(epsilon: float, *, train: bool) -> float:
-    """`epsilon` as a float: finite, positive in training, non-negative in inference."""
+def checked_epsilon(epsilon: float, dtype: np.dtype[Any], *, train: bool) -> float:
+    """`epsilon` as a float that `dtype` has: positive in training, non-negative in inference."""
     if not isinstance(epsilon, numbers.Real):
         raise TypeError(
             "`epsilon` must be a Python number, known when the function is traced; "
@@ -111,6 +113,11 @@ def checked_epsilon(epsilon: float, *, train: bool) -> float:
     if not math.isfinite(epsilon) or epsilon < 0 or (train and epsilon == 0):
         requirement = "positive during training" if train else "non-negative"
         raise ValueError(f"`epsilon` must be finite and {requirement}; got {epsilon}.")
+    low, high = float(np.finfo(dtype).tiny), float(np.finfo(dtype).max)
+    if not low <= epsilon <= high and epsilon != 0:
+        raise ValueError(
+            f"`epsilon` must be in the range of {dtype}, {low:.1e} to {high:.1e}; got {epsilon}."
+        )
     return float(epsilon)
 
 
@@ -132,9 +139,14 @@ def check_momentum(momentum: ArrayLike | None) -> None:
 
 
 def check_bool(value: object, name: str) -> None:
-    """A bool, from Python, NumPy or JAX, traced or not."""
+    """A bool, from Python, NumPy or JAX, traced or not, of no dimensions."""
     if not isinstance(value, bool) and str(getattr(value, "dtype", None)) != "bool":
         raise TypeError(f"`{name}` must be True, False or a traced bool; got {value!r}.")
+    if shape := getattr(value, "shape", ()):
+        raise ValueError(
+            f"`{name}` must be one bool, for all samples; got bools of shape {shape}. A mask goes "
+            "by its name: mask=…."
+        )
 
 
 def check_values_per_channel(x: jax.Array, axis: int, devices: Devices) -> None:
@@ -145,7 +157,9 @@ def check_values_per_channel(x: jax.Array, axis: int, devices: Devices) -> None:
         )
 
 
-def checked_mask(mask: ArrayLike | None, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def checked_mask(
+    mask: ArrayLike | None, x: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array | None]:
     """`x`, and `mask` as bools with as many dimensions as `x`, on the same devices.
 
     Numbers other than 0 and 1 are refused where they are known. Where they are traced, the values
@@ -156,7 +170,7 @@ def checked_mask(mask: ArrayLike | None, x: jax.Array) -> tuple[jax.Array, jax.A
     mask = checked_array(mask, "mask")
     if jnp.issubdtype(mask.dtype, jnp.complexfloating):
         raise TypeError(f"`mask` must be bool, or hold 0 and 1 as real numbers; got {mask.dtype}.")
-    _check_mask_shape(mask.shape, x.shape)
+    _check_mask_shape(mask.shape, x.shape, axis)
     mask = placed_like(jnp.expand_dims(mask, range(x.ndim - mask.ndim)), x)
     if mask.dtype == bool:
         return x, mask
@@ -171,7 +185,7 @@ def checked_mask(mask: ArrayLike | None, x: jax.Array) -> tuple[jax.Array, jax.A
     return jnp.where(proper, x, jnp.asarray(jnp.nan, x.dtype)), valid
 
 
-def _check_mask_shape(mask: tuple[int, ...], x: tuple[int, ...]) -> None:
+def _check_mask_shape(mask: tuple[int, ...], x: tuple[int, ...], axis: int) -> None:
     ndim = len(mask)
     fits = ndim <= len(x) and all(
         m in (1, n) for m, n in zip(mask, x[len(x) - ndim :], strict=True)
@@ -179,7 +193,8 @@ def _check_mask_shape(mask: tuple[int, ...], x: tuple[int, ...]) -> None:
     if not fits:
         raise ValueError(
             f"`mask` must broadcast against `x`; got shape {mask} for x.shape={x}. A mask of one "
-            f"value per sample has shape {(x[0],) + (1,) * (len(x) - 1)}."
+            f"value per sample has shape {(x[0],) + (1,) * (len(x) - 1)}"
+            + (f", of one per position {(*x[:axis], 1, *x[axis + 1 :])}." if len(x) > 2 else ".")
         )
     if 0 < ndim < len(x) and mask == x[:ndim] and set(mask) != {1}:
         raise ValueError(

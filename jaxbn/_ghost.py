@@ -19,6 +19,11 @@ def checked_groups(virtual_batch_size: int | None, x: jax.Array, axis: int) -> i
         raise ValueError(f"`virtual_batch_size` must be an int of at least 1; got {value!r}.")
     batch_axis = reduced_axes(x.ndim, axis)[:1]
     samples = math.prod(x.shape[i] for i in batch_axis)
+    if not isinstance(samples, int):
+        raise ValueError(
+            "`virtual_batch_size` must divide the number of samples, which is not known here; got "
+            f"{value} for x.shape={x.shape}. Export with a batch of fixed size."
+        )
     if samples == 0:
         return 1
     if samples % value:

@@ -92,7 +92,7 @@ def batch_moments(
       Statistician 37 (1983).
     """
     x, axis = checked_input(x, axis)
-    x, mask = checked_mask(mask, x)
+    x, mask = checked_mask(mask, x, axis)
     devices = checked_devices(axis_name, axis_index_groups)
     return unshifted(shifted_moments(x, mask, axis, devices, statistics_dtype(x.dtype)))
 

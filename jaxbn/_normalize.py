@@ -81,14 +81,13 @@ def normalize(
       Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167;
       `torch.nn.functional.batch_norm` with `training=False`.
     """
-    epsilon = checked_epsilon(epsilon, train=False)
     x, axis = checked_input(x, axis)
     mean = checked_vector(mean, "mean", x, axis)
     var = checked_vector(var, "var", x, axis)
     dtype = checked_dtype(dtype, x)
     wide = statistics_dtype(x.dtype, mean.dtype, var.dtype, dtype)
-    form = Form(axis, epsilon, dtype)
-    x, mask = checked_mask(mask, x)
+    form = Form(axis, checked_epsilon(epsilon, wide, train=False), dtype)
+    x, mask = checked_mask(mask, x, axis)
     residual = checked_residual(residual, x, dtype)
     operands, form = _operands(x, scale, bias, mask, residual, activation, form, wide)
     by_statistics = traced_once(normalize_by_statistics, form)
@@ -164,12 +163,12 @@ def batch_normalize(
       `torch.nn.functional.batch_norm` with `training=True`; for groups, Hoffer, Hubara and Soudry,
       "Train longer, generalize better", 2017, https://arxiv.org/abs/1705.08741.
     """
-    epsilon = checked_epsilon(epsilon, train=True)
     x, axis = checked_input(x, axis)
     dtype = checked_dtype(dtype, x)
     wide = statistics_dtype(x.dtype, dtype)
+    epsilon = checked_epsilon(epsilon, wide, train=True)
     form = Form(axis, epsilon, dtype, checked_devices(axis_name, axis_index_groups))
-    x, mask = checked_mask(mask, x)
+    x, mask = checked_mask(mask, x, axis)
     residual = checked_residual(residual, x, dtype)
     groups = checked_groups(virtual_batch_size, x, axis)
     form = form._replace(grouped=groups > 1)

@@ -195,6 +195,8 @@ def _updated(
         finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
         kept = finite | jnp.logical_not(skip_nonfinite)
         counted = kept.any()
+    # At the largest integer the count stays: one more would be the smallest.
+    counted &= stats.count < jnp.iinfo(stats.count.dtype).max
     count = stats.count + counted.astype(stats.count.dtype)
     batches = jnp.maximum(count, 1).astype(dtype)
     factor = 1 / batches if momentum is None else jnp.asarray(momentum, dtype)
@@ -240,6 +242,11 @@ def checked_stats(stats: BatchStats) -> BatchStats:
         raise TypeError(
             "`stats.count` must be an integer array, the number of batches; "
             f"got {stats.count.dtype}. Use .astype(jnp.int32)."
+        )
+    if stats.count.ndim:
+        raise ValueError(
+            "`stats.count` must be a scalar, the number of batches of all channels; got shape "
+            f"{stats.count.shape}. Of statistics that are replicated take one: count[0]."
         )
     return stats
 

@@ -198,13 +198,17 @@ def merged(sets: Shifted, totals: Callable[..., Sequence[jax.Array]]) -> Shifted
     divisor = jnp.where(joint_count > 0, joint_count, 1)
     joint = rounded(jax.lax.stop_gradient(total / divisor))
     # An empty set has no say, not even as 0 · ∞.
-    distance = jnp.where(weight > 0, (shift - joint) + delta, 0)
-    weight = weight / divisor
+    distance = jnp.where(weight > 0, (shift - _of_rank(shift.ndim, joint)) + delta, 0)
+    weight = weight / _of_rank(weight.ndim, divisor)
     joint_delta, mean_square = totals(weight * distance, weight * (var + jnp.square(distance)))
     joint_var = mean_square - jnp.square(joint_delta)
     # Rounding may leave a variance of zero just below it; the derivative stays that of the formula.
     joint_var = joint_var + jax.lax.stop_gradient(jnp.maximum(-joint_var, 0))
     return Shifted(joint, joint_delta, joint_var, joint_count)
+
+
+def _of_rank(ndim: int, array: jax.Array) -> jax.Array:
+    return jnp.expand_dims(array, range(ndim - array.ndim))
 
 
 def added(*stacks: jax.Array) -> list[jax.Array]:

@@ -35,7 +35,7 @@ def complex_normalize(
     mask: ArrayLike | None,
 ) -> jax.Array:
     """`normalize`, with a scale and a bias that may be complex."""
-    x, mask = checked_mask(mask, x)
+    x, mask = checked_mask(mask, x, axis % x.ndim)
     real, imag = (
         normalize(part, by, var, axis=axis, epsilon=epsilon, mask=mask)
         for part, by in ((x.real, mean.real), (x.imag, mean.imag))

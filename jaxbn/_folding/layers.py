@@ -184,10 +184,12 @@ def _fold(
         normalize, mean=mean, var=var, scale=scale, bias=bias, epsilon=epsilon
     )
     parts, offset = layer.split(kernel.astype(wide)), kernel_bias.astype(wide)
+    spatial = tuple(range(parts.ndim - 3))
     if before:
         constant = normalized(zeros).reshape(layer.groups, -1)
-        shares = jnp.moveaxis(parts * constant[:, :, None], -2, 0).reshape(-1, outputs)
-        parts, offset = parts * slope[:, :, None], offset + total(shares, axis=1)
+        constant, slope = (jnp.expand_dims(v, (*spatial, -1)) for v in (constant, slope))
+        shares = jnp.moveaxis(parts * constant, -2, 0).reshape(-1, outputs)
+        parts, offset = parts * slope, offset + total(shares, axis=1)
     else:
-        parts, offset = parts * slope[:, None, :], normalized(offset)
+        parts, offset = parts * jnp.expand_dims(slope, (*spatial, -2)), normalized(offset)
     return layer.joined(parts).astype(kernel.dtype), offset.astype(kernel_bias.dtype)

@@ -109,6 +109,7 @@ def step_cost(library, dtype, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")  # Flax promotes
 @pytest.mark.skipif(not h100.available(), reason="needs the package jax-cuda13-plugin")
 @pytest.mark.parametrize("dtype", STEP_LIMITS)
 def test_a_training_step_on_an_h100(dtype):

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -166,6 +167,12 @@ CASES = {
         ValueError,
         "`epsilon` must be finite and non-negative; got -0.001.",
     ),
+    "epsilon that float32 rounds to zero": (
+        lambda: train(epsilon=1e-50),
+        ValueError,
+        "`epsilon` must be in the range of float32, 1.2e-38 to 3.4e+38; got 1e-50.",
+    ),
+    "epsilon that float32 does not have": (lambda: infer(epsilon=1e39), ValueError, "got 1e+39."),
     "infinite epsilon": (lambda: train(epsilon=np.inf), ValueError, "got inf."),
     "NaN epsilon": (lambda: infer(epsilon=np.nan), ValueError, "got nan."),
     "traced epsilon": (
@@ -413,7 +420,46 @@ CASES = {
         lambda: jaxbn.batch_moments(X, mask=jnp.ones(8, bool)),
         ValueError,
         "`mask` must broadcast against `x`; got shape (8,) for x.shape=(8, 4, 4, 3). A mask of "
-        "one value per sample has shape (8, 1, 1, 1).",
+        "one value per sample has shape (8, 1, 1, 1), of one per position (8, 4, 4, 1).",
+    ),
+    "mask of one value per position without the channels": (
+        lambda: jaxbn.batch_moments(jnp.ones((2, 5, 3)), mask=jnp.ones((2, 5), bool)),
+        ValueError,
+        "A mask of one value per sample has shape (2, 1, 1), of one per position (2, 5, 1).",
+    ),
+    "masked array": (
+        lambda: train(np.ma.masked_array(np.ones((8, 4, 4, 3)), np.zeros((8, 4, 4, 3), bool))),
+        TypeError,
+        "`x` must be an array; got a MaskedArray.",
+    ),
+    "mode of several samples": (
+        lambda: jaxbn.batch_norm(X, STATS, train=jnp.array([True])),
+        ValueError,
+        "`train` must be one bool, for all samples; got bools of shape (1,).",
+    ),
+    "mode of several samples, traced": (
+        lambda: jax.jit(lambda train: jaxbn.batch_norm(X, STATS, train=train))(jnp.array([True])),
+        ValueError,
+        "`train` must be one bool, for all samples; got bools of shape (1,).",
+    ),
+    "skip_nonfinite of several channels": (
+        lambda: train(skip_nonfinite=jnp.ones(3, bool)),
+        ValueError,
+        "`skip_nonfinite` must be one bool, for all samples; got bools of shape (3,).",
+    ),
+    "count of a replicated checkpoint": (
+        lambda: train(stats=STATS._replace(count=jnp.zeros(8, jnp.int32))),
+        ValueError,
+        "`stats.count` must be a scalar, the number of batches of all channels; got shape (8,). Of "
+        "statistics that are replicated take one: count[0].",
+    ),
+    "virtual batches of a batch of unknown size": (
+        lambda: jax.eval_shape(
+            lambda x: jaxbn.batch_normalize(x, virtual_batch_size=2),
+            jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 3"), jnp.float32),
+        ),
+        ValueError,
+        "`virtual_batch_size` must divide the number of samples, which is not known here; got 2",
     ),
     "mask with an axis too many": (
         lambda: train(mask=jnp.ones((1, 8, 4, 4, 3), bool)),
@@ -594,6 +640,12 @@ CASES = {
         ValueError,
         "`mask` must broadcast against `x`; got shape (8,)",
     ),
+    "layer, mask in the place of the mode": (
+        lambda: linen.BatchNorm().init(jax.random.key(0), X, jnp.ones((8, 1, 1, 1), bool)),
+        ValueError,
+        "`use_running_average` must be one bool, for all samples; got bools of shape (8, 1, 1, 1). "
+        "A mask goes by its name: mask=….",
+    ),
     "layer, unknown activation": (
         lambda: layer(linen.BatchNorm2d(3, axis=-1, activation="swish"), X),
         ValueError,
@@ -617,6 +669,12 @@ def test_bad_input(case):
     call, kind, message = CASES[case]
     with pytest.raises(kind, match=re.escape(message)):
         call()
+
+
+def test_the_cause_of_an_error_is_told():
+    with pytest.raises(TypeError, match="must be an array") as caught:
+        train(np.ma.masked_array(np.ones((8, 3))))
+    assert "asked arrays" in str(caught.value.__cause__)
 
 
 @pytest.mark.usefixtures("x64")

@@ -160,3 +160,11 @@ def test_layers_can_skip_nonfinite_channels(module):
         stats = updates["batch_stats"]
         assert np.isfinite(stats["mean"][1]) == np.isfinite(stats["var"][1]) == skip
         assert np.isfinite(stats["mean"][jnp.array([0, 2])]).all()
+
+
+def test_the_count_stays_at_its_largest():
+    largest = jnp.iinfo(jnp.int32).max
+    moments = jaxbn.batch_moments(jnp.ones((4, 3)))
+    for count, expected in ((largest - 1, largest), (largest, largest)):
+        stats = jaxbn.init_batch_stats(3)._replace(count=jnp.int32(count))
+        assert jaxbn.update_batch_stats(stats, moments).count == expected

@@ -166,3 +166,21 @@ def test_in_an_nnx_optimizer():
     after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     changed = jax.tree.map(lambda a, b: bool((a != b).all()), before, after)
     assert changed == {"conv": DENSE, "norm": NORM, "blocks": {0: DENSE, 1: NORM}}
+
+
+def test_the_names_of_equinox():
+    dense = {"weight": jnp.ones((4, 2)), "bias": jnp.zeros(4)}
+    norm = {"weight": jnp.ones(4), "bias": jnp.zeros(4)}
+    assert jaxbn.weight_decay_mask({"dense": dense, "norm": norm}) == {
+        "dense": {"weight": True, "bias": True},
+        "norm": {"weight": False, "bias": False},
+    }
+
+
+def test_the_names_of_haiku():
+    dense = {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}
+    norm = {"scale": jnp.ones((1, 1, 1, 4)), "offset": jnp.zeros((1, 1, 1, 4))}
+    assert jaxbn.weight_decay_mask({"linear": dense, "batch_norm": norm}) == {
+        "linear": {"w": True, "b": True},
+        "batch_norm": {"scale": False, "offset": False},
+    }
