@@ -30,20 +30,20 @@ SHAPE = (8, 28, 28, 32)
 DTYPES = ("float32", "bfloat16")
 
 
-def held(function: Callable[..., Any], *arguments: jax.Array) -> list[jax.Array]:
-    """The distinct arrays that a compiled forward pass hands to its backward pass."""
+def held(function: Callable[..., Any], *arguments: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    """The output of a compiled forward pass, and the distinct arrays for its backward pass."""
 
     @jax.jit
     def forward(*arguments: jax.Array) -> Any:
-        return jax.vjp(function, *arguments, has_aux=True)[1:]
+        return jax.vjp(function, *arguments, has_aux=True)
 
-    pullback, _ = forward(*arguments)
+    y, pullback, _ = forward(*arguments)
     # What is an argument comes back as another array: equal ones of a shape are one.
     distinct: list[jax.Array] = []
     for leaf in jax.tree.leaves(pullback):
         if not any(leaf.shape == v.shape and bool(jnp.array_equal(leaf, v)) for v in distinct):
             distinct.append(leaf)
-    return distinct
+    return y, distinct
 
 
 def kept_in_jax(library: libraries.Library, case: str, dtype: str) -> tuple[float, float]:
@@ -53,8 +53,8 @@ def kept_in_jax(library: libraries.Library, case: str, dtype: str) -> tuple[floa
     scale, bias = (jnp.full(SHAPE[-1], v, jnp.float32) for v in (1.5, 0.1))
     arguments = (x, scale, bias, *([residual] if "add" in case else []))
     layer = library.training(case, -1)
-    y, _ = layer(*arguments)
-    arrays = [v for v in held(layer, *arguments) if v.size > scale.size]
+    y, kept = held(layer, *arguments)
+    arrays = [v for v in kept if v.size > scale.size]
     rest = [v for v in arrays if not any(_same(v, known) for known in (x, y))]
     return sum(v.nbytes for v in arrays) / x.size, sum(v.nbytes for v in rest) / x.size
 
@@ -108,7 +108,8 @@ def kept_in_blocks(library: libraries.Library, dtype: str, policy: bool) -> floa
     if policy:
         names = jax.checkpoint_policies.save_only_these_names(*jaxbn.CHECKPOINT_NAMES)
         network = jax.checkpoint(network, policy=names)
-    return sum(v.nbytes for v in held(network, x, params) if v.size >= x.size) / x.size / 3
+    _, kept = held(network, x, params)
+    return sum(v.nbytes for v in kept if v.size >= x.size) / x.size / 3
 
 
 def rows() -> list[dict[str, Any]]:
