@@ -63,7 +63,13 @@ count=Array(0, dtype=int32))
 unknown: running_mean. For torch's names use `jaxbn.torch.from_state_dict`.
         """
         _check_names(mapping)
-        stats = checked_stats(cls(*(checked_array(mapping[name], name) for name in cls._fields)))
+        stats = cls(*(checked_array(mapping[name], name) for name in cls._fields))
+        if stats.mean.ndim != 1 or stats.var.shape != stats.mean.shape or stats.count.ndim:
+            raise ValueError(
+                "`mean` and `var` must be vectors of the same channels, and `count` a scalar; got "
+                f"the shapes {stats.mean.shape}, {stats.var.shape} and {stats.count.shape}."
+            )
+        stats = checked_stats(stats)
         for name in ("mean", "var"):
             given, kept = getattr(mapping[name], "dtype", None), getattr(stats, name).dtype
             if given == jnp.float64 and kept != given:
@@ -72,11 +78,6 @@ unknown: running_mean. For torch's names use `jaxbn.torch.from_state_dict`.
                     'with jax.config.update("jax_enable_x64", True), or convert it with '
                     ".astype(jnp.float32)."
                 )
-        if stats.mean.ndim != 1 or stats.var.shape != stats.mean.shape:
-            raise ValueError(
-                "`mean` and `var` must be vectors of the same channels; got the shapes "
-                f"{stats.mean.shape} and {stats.var.shape}."
-            )
         dtype = stats.mean.dtype  # explicit, which makes weak types strong
         return cls(stats.mean.astype(dtype), stats.var.astype(dtype), jnp.int32(stats.count))
 

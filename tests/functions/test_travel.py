@@ -208,17 +208,14 @@ MAPPINGS = {
     "no scalar count": (
         {**FLAX, "count": jnp.zeros(3, int)},
         ValueError,
-        "`stats.count` must be a scalar, the number of batches of all channels; got shape (3,).",
+        "`mean` and `var` must be vectors of the same channels, and `count` a scalar; got the "
+        "shapes (3,), (3,) and (3,).",
     ),
-    "other channels": (
-        {**FLAX, "var": jnp.ones(4), "count": 0},
-        ValueError,
-        "got the shapes (3,) and (4,).",
-    ),
+    "other channels": ({**FLAX, "var": jnp.ones(4), "count": 0}, ValueError, "(3,), (4,) and ()."),
     "no vectors": (
         {"mean": jnp.ones((1, 3)), "var": jnp.ones((1, 3)), "count": 0},
         ValueError,
-        "got the shapes (1, 3) and (1, 3).",
+        "(1, 3), (1, 3) and ().",
     ),
     "float count": (
         {**FLAX, "count": 7.0},
