@@ -66,7 +66,10 @@ def machine() -> dict[str, str]:
             about[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    about["command"] = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    program = [os.path.relpath(sys.argv[0])]
+    if program[0].startswith("benchmarks" + os.sep):  # a module, which runs by its name
+        program = ["-m", program[0].removesuffix(".py").replace(os.sep, ".")]
+    about["command"] = shlex.join(["python", *program, *sys.argv[1:]])
     return about
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxbn._core.compilers import reduced_axes
+from jaxbn._core.axes import reduced_axes
 
 
 def checked_groups(virtual_batch_size: int | None, x: jax.Array, axis: int) -> int:

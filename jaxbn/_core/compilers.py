@@ -14,6 +14,7 @@ import jax
 import jax.custom_batching
 import jax.numpy as jnp
 
+from jaxbn._core.axes import expand, reduced_axes, total
 from jaxbn._core.devices import spread
 
 # Elements. Up to here memory traffic does not matter, and one form serves all platforms.
@@ -21,11 +22,6 @@ SMALL = 2**15
 
 # A sum over every axis but one.
 Total = Callable[[jax.Array, int], jax.Array]
-
-
-def reduced_axes(ndim: int, axis: int) -> tuple[int, ...]:
-    """Every axis but the channel axis."""
-    return tuple(i for i in range(ndim) if i != axis)
 
 
 def is_small(x: Any) -> bool:
@@ -92,22 +88,19 @@ def total_in_pieces(x: jax.Array, axis: int) -> jax.Array:
     """
     pieces = _pieces(jax.typeof(x), axis)
     if pieces == 1:
-        return x.sum(reduced_axes(x.ndim, axis))
+        return total(x, axis)
     x, axis = flattened(x, axis)
     split = 3 - axis
     size = x.shape[split] // pieces
     parts = (jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=split) for i in range(pieces))
     # Rounded, or the compiler takes the additions for a part of its reduction.
-    return rounded(functools.reduce(jnp.add, parts)).sum(reduced_axes(3, axis))
+    return total(rounded(functools.reduce(jnp.add, parts)), axis)
 
 
-def expand_tangent(vector: jax.Array, like: Any, axis: int, masked: bool) -> jax.Array:
-    """`vector` along `axis`, to broadcast against `like`, the type of an array.
-
-    Transposed it is a sum over every other axis, on a CPU in pieces where that is faster.
-    """
-    if not sums_in_pieces(like, axis, masked):
-        return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))
+def expand_tangent(vector: jax.Array, like: Any, axis: int, obstructed: bool) -> jax.Array:
+    """`expand` of a tangent. Transposed it is a sum, on a CPU in pieces where that is faster."""
+    if not sums_in_pieces(like, axis, obstructed):
+        return expand(vector, like, axis)
     pieces = _pieces(like, axis)
 
     def whole(vector: jax.Array) -> jax.Array:
@@ -126,9 +119,12 @@ def expand_tangent(vector: jax.Array, like: Any, axis: int, masked: bool) -> jax
     return expanded
 
 
-def sums_in_pieces(x: Any, axis: int, masked: bool) -> bool:
-    """Whether a CPU sums what is computed from a batch of this type faster in pieces."""
-    return (masked or x.dtype.itemsize <= 2) and _pieces(x, axis) > 1
+def sums_in_pieces(x: Any, axis: int, obstructed: bool) -> bool:
+    """Whether a CPU sums what is computed from a batch of this type faster in pieces.
+
+    Obstructed are sums that a mask, or `jax.vmap` over groups, keeps from XLA's fast loop.
+    """
+    return (obstructed or x.dtype.itemsize <= 2) and _pieces(x, axis) > 1
 
 
 def _pieces(x: Any, axis: int) -> int:

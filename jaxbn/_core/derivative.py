@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._activation import PIECEWISE_LINEAR, Activation
+from jaxbn._core.axes import expand
 from jaxbn._core.compilers import apart, expand_tangent, written_out
 from jaxbn._core.forward import Form, Operands, activated, applied, coefficients
-from jaxbn._core.moments import Shifted, centered, expand, means, shifted_moments, where_valid
+from jaxbn._core.moments import Shifted, centered, means, shifted_moments, where_valid
 
 # For policies of `jax.checkpoint`: from these a layer is computed again without reductions.
 INPUT, MEAN, RSTD = CHECKPOINT_NAMES = ("jaxbn.input", "jaxbn.mean", "jaxbn.rstd")
@@ -102,8 +103,8 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
     p = directions.bias - k * mean_dx - delta * q
     # A second difference: XLA's CPU compiler would write out one that `dx` uses too.
     deviation = centered(x, mask, form.axis, apart(shift, "cpu"))
-    masked = mask is not None or form.grouped
-    p, q = (expand_tangent(v, like, form.axis, masked) for v in (p, q * unit))
+    obstructed = mask is not None or form.grouped
+    p, q = (expand_tangent(v, like, form.axis, obstructed) for v in (p, q * unit))
     terms = p + jnp.zeros_like(dx), deviation * q, expand(k, like, form.axis) * dx
     if form.activation in PIECEWISE_LINEAR and directions.residual is None:
         dy = _term_by_term(form.activation, terms, operands, moments, rstd, form)

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from jaxbn._activation import ACTIVATIONS, Activation
+from jaxbn._core.axes import expand
 from jaxbn._core.compilers import apart, written_out
 from jaxbn._core.devices import ALONE, Devices
-from jaxbn._core.moments import centered, expand, where_valid
+from jaxbn._core.moments import centered, where_valid
 
 
 class Form(NamedTuple):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxbn._core.axes import expand, reduced_axes, total
 from jaxbn._core.compilers import (
     Total,
     apart,
@@ -17,7 +18,6 @@ from jaxbn._core.compilers import (
     flattened,
     is_small,
     may_be_spread,
-    reduced_axes,
     rounded,
     sums_in_pieces,
     total_in_pieces,
@@ -108,7 +108,7 @@ def _local_moments(
     if is_small(x):
         return about(x, mask, count, parts=(FIRST, 1), total=total_by_sample)
     on_a_cpu = functools.partial(about, parts=(16, 4), total=total_in_pieces)
-    in_pieces = mask is not None or sums_in_pieces(jax.typeof(x), axis, masked=False)
+    in_pieces = mask is not None or sums_in_pieces(jax.typeof(x), axis, obstructed=False)
     rows = _rows(x, axis) if differentiated else ()
     if not in_pieces and (rows or not differentiated) and not may_be_spread(x):
         on_a_cpu = functools.partial(_about_zero, axis=axis, rows=rows, otherwise=on_a_cpu)
@@ -230,11 +230,6 @@ def _merged_across(local: Shifted, masked: bool, devices: Devices) -> Shifted:
     return merged(Shifted(*jnp.moveaxis(stacked, 1, 0), *counts), added)
 
 
-def total(x: jax.Array, axis: int) -> jax.Array:
-    """Sum of `x` over every axis but `axis`: shape `[C]`."""
-    return x.sum(reduced_axes(x.ndim, axis))
-
-
 def total_by_sample(x: jax.Array, axis: int) -> jax.Array:
     """`total`, each sample first: compilers add small arrays one by one, and errors add up."""
     positions = reduced_axes(x.ndim, axis)[1:]
@@ -253,11 +248,6 @@ def means(
     if devices.names:
         sums = list(summed(jnp.stack(sums), devices))
     return tuple(value / jnp.maximum(count, 1) for value in sums)
-
-
-def expand(vector: jax.Array, like: Any, axis: int) -> jax.Array:
-    """`vector` along `axis`, to broadcast against `like`, the type of an array."""
-    return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))
 
 
 def centered(x: jax.Array, mask: jax.Array | None, axis: int, shift: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbn._checks import check_bool, checked_float, statistics_dtype
-from jaxbn._core.moments import total
+from jaxbn._core.axes import total
 from jaxbn._folding.kernels import (
     LinearLayer,
     Padding,

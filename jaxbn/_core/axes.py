@@ -1,0 +1,21 @@
+"""The channel axis and the others: a sum over these, and the way back."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def reduced_axes(ndim: int, axis: int) -> tuple[int, ...]:
+    """Every axis but the channel axis."""
+    return tuple(i for i in range(ndim) if i != axis)
+
+
+def total(x: jax.Array, axis: int) -> jax.Array:
+    """Sum of `x` over every axis but `axis`: shape `[C]`."""
+    return x.sum(reduced_axes(x.ndim, axis))
+
+
+def expand(vector: jax.Array, like: Any, axis: int) -> jax.Array:
+    """`vector` along `axis`, to broadcast against `like`, the type of an array."""
+    return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))
