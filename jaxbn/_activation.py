@@ -1,6 +1,7 @@
 """The functions that may be applied to the normalized values."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,34 +19,50 @@ ACTIVATIONS: dict[str, Activation] = {
 PIECEWISE_LINEAR = (jax.nn.relu, jax.nn.leaky_relu)
 
 
+def is_own(activation: object) -> bool:
+    """Whether this is a function of the user's own. Those of `ACTIVATIONS` are elementwise."""
+    return callable(activation) and all(activation is not known for known in ACTIVATIONS.values())
+
+
 def checked_activation(
     activation: str | Activation | None, shape: tuple[int, ...], dtype: DTypeLike
 ) -> tuple[Activation | None, tuple[jax.Array, ...]]:
     """The function `(z, *constants) -> array`, and the arrays that a closure held.
 
     Taking the arrays out of the closure is what makes the result differentiable with respect to
-    them.
+    them. A function of the user's own is called once.
     """
-    if isinstance(activation, str):
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"`activation` must be None, a function, or one of {', '.join(ACTIVATIONS)}; "
-                f"got {activation!r}."
-            )
+    if isinstance(activation, str) and activation in ACTIVATIONS:
         return ACTIVATIONS[activation], ()
-    if activation is None or activation in PIECEWISE_LINEAR:
+    if activation is None or (callable(activation) and not is_own(activation)):
         return activation, ()
     if not callable(activation):
-        raise TypeError(
+        kind = ValueError if isinstance(activation, str) else TypeError
+        raise kind(
             f"`activation` must be None, a function, or one of {', '.join(ACTIVATIONS)}; "
             f"got {activation!r}."
         )
     example = jax.ShapeDtypeStruct(shape, dtype)
-    output = jax.eval_shape(activation, example)
-    if getattr(output, "shape", None) != shape or not jnp.issubdtype(output.dtype, jnp.floating):
+    # A function of its own, since `activation` may not be hashable.
+    function, constants = jax.closure_convert(lambda z: activation(z), example)
+    _check_output(jax.eval_shape(function, example, *constants), example)
+    return function, tuple(constants)
+
+
+def after(
+    activation: Activation, z: jax.Array, mask: jax.Array | None, dtype: DTypeLike
+) -> jax.Array:
+    """`activation(z)` of a whole batch, rounded to `dtype`; zero where masked."""
+    y = activation(z)
+    _check_output(y, z)
+    return (y if mask is None else jnp.where(mask, y, jnp.zeros((), y.dtype))).astype(dtype)
+
+
+def _check_output(output: Any, argument: Any) -> None:
+    fits = getattr(output, "shape", None) == argument.shape
+    if not fits or not jnp.issubdtype(output.dtype, jnp.floating):
+        got, example = jax.eval_shape(lambda: (output, argument))
         raise ValueError(
             "`activation` must return a real array of the shape of its argument; "
-            f"got {output} for {example}."
+            f"got {got} for {example}."
         )
-    function, constants = jax.closure_convert(activation, example)
-    return function, tuple(constants)

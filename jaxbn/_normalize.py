@@ -1,12 +1,12 @@
 """Normalization by given statistics, and by those of the batch itself."""
 
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._activation import Activation, checked_activation
+from jaxbn._activation import Activation, after, checked_activation, is_own
 from jaxbn._checks import (
     check_values_per_channel,
     checked_dtype,
@@ -89,7 +89,9 @@ def normalize(
     form = Form(axis, checked_epsilon(epsilon, wide, train=False), dtype)
     x, mask = checked_mask(mask, x, axis)
     residual = checked_residual(residual, x, dtype)
-    operands, form = _operands(x, scale, bias, mask, residual, activation, form, wide)
+    function, constants = checked_activation(activation, x.shape, wide)
+    form = form._replace(activation=function)
+    operands = _operands(x, scale, bias, mask, residual, constants, axis, wide)
     by_statistics = traced_once(normalize_by_statistics, form)
     y: jax.Array = by_statistics(operands, mean.astype(wide), var.astype(wide))
     return y
@@ -171,14 +173,17 @@ def batch_normalize(
     x, mask = checked_mask(mask, x, axis)
     residual = checked_residual(residual, x, dtype)
     groups = checked_groups(virtual_batch_size, x, axis)
-    form = form._replace(grouped=groups > 1)
+    # A function of the user's own sees the whole batch, not a group of it.
+    whole = groups > 1 and is_own(activation)
+    function, constants = checked_activation(None if whole else activation, x.shape, wide)
+    form = form._replace(grouped=groups > 1, activation=function, dtype=wide if whole else dtype)
 
     def by_batch(
         x: jax.Array, mask: jax.Array | None, residual: jax.Array | None
     ) -> tuple[jax.Array, Shifted]:
         check_values_per_channel(x, axis, form.devices)
-        operands, applied = _operands(x, scale, bias, mask, residual, activation, form, wide)
-        y, moments, _ = traced_once(normalize_by_batch, applied)(operands)
+        operands = _operands(x, scale, bias, mask, residual, constants, axis, wide)
+        y, moments, _ = traced_once(normalize_by_batch, form)(operands)
         return y, moments
 
     if groups == 1:
@@ -186,6 +191,8 @@ def batch_normalize(
     else:
         y, moments = by_group(by_batch, groups, axis, x, mask, residual)
         moments = merged(moments, added)
+    if whole:
+        y = after(cast(Activation, activation), y, mask, dtype)
     return y, unshifted(moments)
 
 
@@ -195,14 +202,11 @@ def _operands(
     bias: ArrayLike | None,
     mask: jax.Array | None,
     residual: jax.Array | None,
-    activation: str | Activation | None,
-    form: Form,
-    dtype: Any,
-) -> tuple[Operands, Form]:
-    """The operands, vectors checked and in `dtype`, and `form` with the activation."""
-    axis = form.axis
+    constants: tuple[jax.Array, ...],
+    axis: int,
+    dtype: DTypeLike,
+) -> Operands:
+    """The operands, vectors checked and in `dtype`."""
     scale = jnp.ones(x.shape[axis]) if scale is None else checked_vector(scale, "scale", x, axis)
     bias = jnp.zeros(x.shape[axis]) if bias is None else checked_vector(bias, "bias", x, axis)
-    function, constants = checked_activation(activation, x.shape, dtype)
-    operands = Operands(x, mask, scale.astype(dtype), bias.astype(dtype), residual, constants)
-    return operands, form._replace(activation=function)
+    return Operands(x, mask, scale.astype(dtype), bias.astype(dtype), residual, constants)

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxbn._activation import PIECEWISE_LINEAR, Activation
 from jaxbn._core.axes import expand
 from jaxbn._core.compilers import apart, expand_tangent, written_out
-from jaxbn._core.forward import Form, Operands, activated, applied, coefficients
+from jaxbn._core.forward import Form, Operands, activated, applied, coefficients, seen
 from jaxbn._core.moments import Shifted, centered, means, shifted_moments, where_valid
 
 # For policies of `jax.checkpoint`: from these a layer is computed again without reductions.
@@ -156,7 +156,8 @@ def _through_activation(
         # Selected in the dtype of the output: XLA would write a selection in float32 out.
         z, dz = y, dz.astype(form.dtype)
     else:
-        z = _preactivation(operands, moments, rstd, form)
+        z = seen(_preactivation(operands, moments, rstd, form), operands, form)
+        dz = seen(dz, operands, form)
     primals, tangents = (z, *operands.constants), (dz, *directions.constants)
     dy: jax.Array = jax.jvp(form.activation, primals, tangents)[1]
     return dy.astype(form.dtype)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxbn._activation import ACTIVATIONS, Activation
+from jaxbn._activation import Activation, is_own
 from jaxbn._core.axes import expand
 from jaxbn._core.compilers import apart, written_out
 from jaxbn._core.devices import ALONE, Devices
@@ -71,8 +71,14 @@ def applied(coefficients: Coefficients, operands: Operands, form: Form) -> jax.A
 
 def activated(z: jax.Array, operands: Operands, form: Form) -> jax.Array:
     """The output `activation(z)`, rounded to its dtype; zero where masked."""
-    y = z if form.activation is None else form.activation(z, *operands.constants)
-    return where_valid(operands.mask, y).astype(form.dtype)
+    if form.activation is not None:
+        z = form.activation(seen(z, operands, form), *operands.constants)
+    return where_valid(operands.mask, z).astype(form.dtype)
+
+
+def seen(z: jax.Array, operands: Operands, form: Form) -> jax.Array:
+    """What the activation is given: zero where masked, if it may look at more than one value."""
+    return where_valid(operands.mask, z) if is_own(form.activation) else z
 
 
 def normalize_by_statistics(
@@ -94,9 +100,9 @@ def traced_once(function: Callable[..., Any], form: Form) -> Callable[..., Any]:
 
     A user's own activation may be a new function object in every call, so those are left out.
     """
-    if form.activation is None or form.activation in ACTIVATIONS.values():
-        return functools.partial(_jitted(function), form=form)
-    return functools.partial(function, form=form)
+    if is_own(form.activation):
+        return functools.partial(function, form=form)
+    return functools.partial(_jitted(function), form=form)
 
 
 @functools.cache

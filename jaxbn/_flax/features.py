@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxbn._activation import Activation, is_own
 from jaxbn._checks import checked_axis
 
 
@@ -34,6 +35,13 @@ class Features(NamedTuple):
         value = jnp.moveaxis(jnp.broadcast_to(jnp.asarray(value), self.shape), self.axes, self.ends)
         rest = len(self.shape) - len(self.axes)
         return value.reshape(*value.shape[:rest], math.prod(value.shape[rest:]))
+
+    def wrapped(self, activation: str | Activation | None) -> str | Activation | None:
+        """An activation of flat arrays that shows the user's own function arrays as they were."""
+        if not is_own(activation):
+            return activation
+        own = cast(Activation, activation)
+        return lambda z: self.flat(own(self.restored(z)))
 
     def restored(self, value: jax.Array) -> jax.Array:
         """What `flat` made of an array, as it was."""

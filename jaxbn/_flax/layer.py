@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxbn._activation import Activation
 from jaxbn._batch_norm import batch_norm
 from jaxbn._checks import axis_hint, check_bool, checked_axis, statistics_dtype
 from jaxbn._flax.complex import complex_batch_norm, complex_moments, complex_normalize
@@ -22,6 +23,11 @@ Running = dict[str, jax.Array]
 # The moments of a batch, normalization by given ones, and the two composed.
 REAL: tuple[Any, Any, Any] = (batch_moments, normalize, batch_norm)
 COMPLEX: tuple[Any, Any, Any] = (complex_moments, complex_normalize, complex_batch_norm)
+
+EFFECTS = (
+    "`activation` must not write variables: it is traced on its own; got a function that writes "
+    "some. Apply it to the output of the layer instead."
+)
 
 
 def mode(inference: Any) -> Any:
@@ -69,6 +75,7 @@ def torch_layer(
     bias: jax.Array | None,
     train: Any,
     *,
+    activation: str | Activation | None,
     mask: ArrayLike | None,
     residual: ArrayLike | None,
     initializing: bool = False,
@@ -86,6 +93,7 @@ def torch_layer(
         momentum=layer.momentum,
         unbiased=True,
         epsilon=layer.eps,
+        activation=activation,
         mask=mask,
         residual=residual,
         initializing=initializing,
@@ -101,6 +109,7 @@ def flax_layer(
     train: Any,
     *,
     dtype: DTypeLike,
+    activation: str | Activation | None,
     mask: ArrayLike | None,
     residual: ArrayLike | None,
     initializing: bool = False,
@@ -125,13 +134,16 @@ def flax_layer(
         initializing=initializing,
     )
     axes = feature_axes(layer.axis, x.shape)
+    fused: dict[str, Any]
     if len(axes) == 1:
-        return run(x, running, scale, bias, axis=axes[0], mask=mask, residual=residual)
+        fused = {"activation": activation, "mask": mask, "residual": residual}
+        return run(x, running, scale, bias, axis=axes[0], **fused)
     several = Features(x.shape, axes)
     mask, residual = (None if v is None else several.flat(v) for v in (mask, residual))
+    fused = {"activation": several.wrapped(activation), "mask": mask, "residual": residual}
     scale, bias = (None if v is None else v.reshape(-1) for v in (scale, bias))
     vectors = {name: value.reshape(-1) for name, value in running.items()}
-    y, new = run(several.flat(x), vectors, scale, bias, axis=-1, mask=mask, residual=residual)
+    y, new = run(several.flat(x), vectors, scale, bias, axis=-1, **fused)
     return several.restored(y), {name: v.reshape(running[name].shape) for name, v in new.items()}
 
 
@@ -148,12 +160,13 @@ def _layer(
     epsilon: float,
     momentum: Any,
     unbiased: bool,
+    activation: str | Activation | None,
     mask: ArrayLike | None,
     residual: ArrayLike | None,
     initializing: bool,
 ) -> tuple[jax.Array, Running]:
     fixed: dict[str, Any] = {"axis": axis, "epsilon": epsilon, "dtype": dtype, "mask": mask}
-    fused: dict[str, Any] = {"activation": layer.activation, "residual": residual}
+    fused: dict[str, Any] = {"activation": activation, "residual": residual}
     groups: dict[str, Any] = {"virtual_batch_size": layer.virtual_batch_size}
     of_batch, normalized, whole = REAL
     if jnp.issubdtype(dtype, jnp.complexfloating):

@@ -14,7 +14,14 @@ from jaxbn._checks import checked_array
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._flax.features import feature_axes
 from jaxbn._flax.layer import check_channels, flax_layer
-from jaxbn.linen._variables import running_statistics, scale_and_bias, store, training_mode, values
+from jaxbn.linen._variables import (
+    activation,
+    running_statistics,
+    scale_and_bias,
+    store,
+    training_mode,
+    values,
+)
 
 
 class BatchNorm(nn.Module):
@@ -147,6 +154,7 @@ class BatchNorm(nn.Module):
             bias,
             train,
             dtype=dtype,
+            activation=activation(self, x.shape),
             mask=mask,
             residual=residual,
             initializing=self.is_initializing(),

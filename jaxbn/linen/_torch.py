@@ -13,7 +13,14 @@ from jaxbn._checks import checked_float
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._flax.layer import check_channels, check_layout, torch_layer
 from jaxbn._stats import BatchStats
-from jaxbn.linen._variables import running_statistics, scale_and_bias, store, training_mode, values
+from jaxbn.linen._variables import (
+    activation,
+    running_statistics,
+    scale_and_bias,
+    store,
+    training_mode,
+    values,
+)
 
 
 class _TorchBatchNorm(nn.Module):
@@ -78,6 +85,7 @@ class _TorchBatchNorm(nn.Module):
             scale,
             bias,
             train,
+            activation=activation(self, x.shape),
             mask=mask,
             residual=residual,
             initializing=self.is_initializing(),

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax.core import Scope
 from flax.typing import Dtype
 
+from jaxbn._activation import Activation, is_own
 from jaxbn._checks import statistics_dtype
-from jaxbn._flax.layer import Running, mode
+from jaxbn._flax.layer import EFFECTS, Running, mode
 from jaxbn._stats import init_batch_stats
 
 
@@ -58,6 +61,29 @@ def scale_and_bias(
     scale = module.param("scale", module.scale_init, shape, dtype) if use_scale else None
     bias = module.param("bias", module.bias_init, shape, dtype) if use_bias else None
     return scale, bias
+
+
+def activation(module: nn.Module, shape: tuple[int, ...]) -> str | Activation | None:
+    """The layer's activation, which may read variables of the model, but not write any.
+
+    It is traced on its own, and what it wrote would be tracers of that.
+    """
+    if not is_own(module.activation):
+        return cast(str | None, module.activation)
+    if module.is_initializing():  # makes the variables of modules in it
+        module.activation(jnp.zeros(shape))
+
+    root = cast(Scope, module.scope).root
+
+    def reading(z: jax.Array) -> jax.Array:
+        before = jax.tree.leaves(root.mutable_variables())
+        y: jax.Array = module.activation(z)
+        after = jax.tree.leaves(root.mutable_variables())
+        if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+            raise ValueError(EFFECTS)
+        return y
+
+    return reading
 
 
 def values(running: dict[str, nn.Variable[jax.Array]]) -> Running:

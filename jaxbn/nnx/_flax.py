@@ -169,7 +169,16 @@ class BatchNorm(BatchNormLayer):
         if self.promote_dtype is not dtypes.promote_dtype:
             x, _, _, scale, bias = promoted
         y, new = flax_layer(
-            self, x, running, scale, bias, train, dtype=dtype, mask=mask, residual=residual
+            self,
+            x,
+            running,
+            scale,
+            bias,
+            train,
+            dtype=dtype,
+            activation=self._activation(),
+            mask=mask,
+            residual=residual,
         )
         if train is not False:
             self._store(new)

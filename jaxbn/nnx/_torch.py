@@ -96,6 +96,7 @@ class _TorchBatchNorm(BatchNormLayer):
             value(self.scale),
             value(self.bias),
             train,
+            activation=self._activation(),
             mask=mask,
             residual=residual,
         )

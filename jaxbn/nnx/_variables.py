@@ -1,13 +1,15 @@
 """The variables of the NNX layers, and the modes that all of them have."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
+from flax.errors import TraceContextError
 from flax.typing import Dtype, Initializer
 
-from jaxbn._flax.layer import Running, mode
+from jaxbn._activation import Activation, is_own
+from jaxbn._flax.layer import EFFECTS, Running, mode
 
 
 def parameter(
@@ -33,6 +35,7 @@ class BatchNormLayer(nnx.Module):
     """What all layers share: the choice of the mode, and where running statistics are kept."""
 
     use_running_average: bool | jax.Array | None
+    activation: str | Activation | None
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Chooses the mode of a layer, for `nnx.view`.
@@ -62,6 +65,20 @@ class BatchNormLayer(nnx.Module):
                 f"None. Give it to the call or to {name}, or call train() or eval() on the model."
             )
         return mode(chosen)
+
+    def _activation(self) -> str | Activation | None:
+        """The layer's activation, which may read variables of modules, but not write any."""
+        if not is_own(self.activation):
+            return self.activation
+        own = cast(Activation, self.activation)
+
+        def reading(z: jax.Array) -> jax.Array:
+            try:
+                return own(z)
+            except TraceContextError as error:
+                raise ValueError(EFFECTS) from error
+
+        return reading
 
     def _running(self, names: tuple[str, ...]) -> Running:
         variables = {name: getattr(self, name) for name in names}

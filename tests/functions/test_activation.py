@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers.compare import assert_close
 from helpers.numpy_reference import error, problem, sample, tolerance, train
 from scipy.special import erf
 
 import jaxbn
 from jaxbn import linen
+from jaxbn import nnx as nnx_bn
 
 SHAPE = (16, 6, 5, 8)
 # As NumPy functions of float64, in the definitions of `jax.nn`.
@@ -127,6 +129,41 @@ def test_an_activation_may_have_parameters(mode):
         assert error(actual, expected) <= 1e-5
 
 
+WHOLE = {
+    "softmax over positions": lambda z: jax.nn.softmax(z, 1),
+    "reversed samples": lambda z: z[::-1],
+    "sums over all": lambda z: jnp.cumsum(z.reshape(-1)).reshape(z.shape) / z.size,
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 4}, {"mask": True}, {"axis": 1}])
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_function_sees_the_whole_output(name, options):
+    """The definition is `activation(bn(x))`, of functions that are not elementwise too."""
+    x, _, _, dy = problem((8, 6, 4, 6), -1, dtype=np.float32)
+    scale, bias, weight = jnp.linspace(0.5, 1.5, 6), jnp.linspace(-1, 1, 6), jnp.linspace(1, 2, 6)
+    if "mask" in options:
+        options = {"mask": jnp.arange(8 * 6).reshape(8, 6, 1, 1) % 5 != 0}
+        x = jnp.where(options["mask"], x, jnp.nan)
+
+    def results(fused, x, scale, bias, weight):
+        def loss(x, scale, bias, weight):
+            def own(z):
+                y = WHOLE[name](z) * weight
+                return y if fused else jnp.where(options.get("mask", True), y, 0)
+
+            fusion = {"activation": own} if fused else {}
+            y, _ = jaxbn.batch_normalize(x, scale, bias, **options, **fusion)
+            y = y if fused else own(y)
+            return (y * dy).sum(), y
+
+        gradients, y = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(x, scale, bias, weight)
+        return y, gradients
+
+    run = jax.jit(results, static_argnums=0)
+    assert_close(run(True, x, scale, bias, weight), run(False, x, scale, bias, weight), 2e-5)
+
+
 def large_arrays_kept(function, *arguments):
     """Sizes of the arrays beyond vectors that the backward pass keeps, one entry each."""
     _, pullback = jax.vjp(function, *arguments)
@@ -181,3 +218,106 @@ def test_layers(module, inference):
     z, plain_updates = plain.apply(variables, x, inference, mutable=["batch_stats"])
     np.testing.assert_allclose(y, nn.gelu(z + residual), rtol=1e-5, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, updates, plain_updates)
+
+
+@pytest.mark.parametrize("groups", [None, 4])
+@pytest.mark.parametrize("axis", [(2, 3), (1, -1), (3, 0, 1), 2])
+def test_layers_show_a_function_their_own_layout(axis, groups):
+    x = sample((8, 10, 6, 4), 1, 2.0, 3.0, np.float32)
+    groups = None if axis == (3, 0, 1) else groups
+    softmax = functools.partial(jax.nn.softmax, axis=1)
+    fused = linen.BatchNorm(axis=axis, activation=softmax, virtual_batch_size=groups)
+    plain = linen.BatchNorm(axis=axis, virtual_batch_size=groups)
+    variables = plain.init(jax.random.key(0), x, True)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def output(layer, variables, x):
+        inference = layer.apply(variables, x, True)
+        return layer.apply(variables, x, False, mutable=["batch_stats"])[0], inference
+
+    expected = jax.tree.map(softmax, output(plain, variables, x))
+    assert_close(output(fused, variables, x), expected, 1e-6)
+
+    of_nnx = nnx_bn.BatchNorm(
+        np.prod([x.shape[i] for i in np.atleast_1d(axis)]),
+        axis=axis,
+        activation=softmax,
+        virtual_batch_size=groups,
+        rngs=nnx.Rngs(0),
+    )
+    assert_close(of_nnx(x), expected[0], 1e-6)
+
+
+class WithModule(nn.Module):
+    """A layer whose activation holds another module, given in one of three ways."""
+
+    way: str
+
+    @nn.compact
+    def __call__(self, x, inference=True):
+        prelu = nn.PReLU(name="prelu")
+        if self.way == "behind":
+            return prelu(linen.BatchNorm(inference, name="norm")(x))
+        activation = prelu if self.way == "module" else lambda z: prelu(z)
+        return linen.BatchNorm(inference, activation=activation, name="norm")(x)
+
+
+@pytest.mark.parametrize("way", ["module", "closure"])
+def test_an_activation_may_be_or_hold_a_linen_module(way):
+    x = sample((8, 3), 1, 2.0, 3.0, np.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(way):
+        model = WithModule(way)
+        variables = model.init(jax.random.key(0), x)
+
+        def loss(params):
+            given = {**variables, "params": params}
+            y, updates = model.apply(given, x, False, mutable=["batch_stats"])
+            return jnp.square(y).sum(), (y, updates, variables)
+
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    assert_close(step(way), step("behind"), 1e-5)
+
+
+def test_an_activation_that_writes_variables_is_refused():
+    class Sows(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            def activation(z):
+                self.sow("intermediates", "z", z)
+                return z
+
+            return linen.BatchNorm(True, activation=activation)(x)
+
+    x = jnp.ones((4, 3))
+    variables = Sows().init(jax.random.key(0), x)
+    Sows().apply(variables, x)
+    with pytest.raises(ValueError, match="`activation` must not write variables: it is traced"):
+        Sows().apply(variables, x, mutable=["intermediates"])
+
+    dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    layer = nnx_bn.BatchNorm(3, activation=lambda z: dropout(z), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="`activation` must not write variables: it is traced"):
+        layer(x)
+
+
+class Net(nnx.Module):
+    def __init__(self, fused):
+        self.prelu, self.fused = nnx.PReLU(), fused
+        self.norm = nnx_bn.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        if not self.fused:
+            return self.prelu(self.norm(x))
+        self.norm.activation = lambda z: self.prelu(z)
+        return self.norm(x)
+
+
+def test_an_activation_may_hold_an_nnx_module():
+    x = sample((8, 3), 1, 2.0, 3.0, np.float32)
+    loss = nnx.jit(nnx.value_and_grad(lambda net: jnp.square(net(x)).sum()))
+    actual, expected = (jax.tree.leaves(loss(Net(fused))) for fused in (True, False))
+    assert len(actual) == 4
+    assert_close(actual, expected, 1e-5)
