@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,15 +14,22 @@ from jaxbn._folding.layers import fold_into_conv, fold_into_dense
 
 Tree = Mapping[Any, Any]
 Variables = TypeVar("Variables", bound=Tree)
-Pairs = Mapping[str, str] | Iterable[tuple[str, str]]
+CONCATENATION = (
+    "A batch norm behind a concatenation takes all layers in one pair, in the order of the "
+    'channels: (("a", "b"), "norm").'
+)
+
+Paths = str | tuple[str, ...]
+Pairs = Mapping[Paths, str] | Iterable[tuple[Paths, str]]
 
 
 class _Pair(NamedTuple):
-    """The paths of two layers, and whether the batch norm is the first."""
+    """The paths of two layers, whether the batch norm is the first, and its channels that count."""
 
     linear: str
     norm: str
     before: bool
+    channels: slice | None = None
 
 
 def fold_variables(
@@ -37,7 +45,9 @@ def fold_variables(
     The result belongs to the same network without those batch norms, its linear layers with
     `use_bias=True`. A tree of names tells neither strides nor layouts: kernels are taken to have
     Flax's, `DHWIO`, and those behind a batch norm to be no transposed convolutions. For
-    `nn.ConvTranspose(transpose_kernel=True)` use `fold_into_conv` with "HWOI".
+    `nn.ConvTranspose(transpose_kernel=True)` use `fold_into_conv` with "HWOI". A layer must use its
+    `kernel` as it is stored. One with further variables, such as those of weight normalization,
+    spectral normalization or low-rank adaptation, is refused.
 
     Args:
       variables: the collections `params` and `batch_stats`, as `model.init` returns them: dicts or
@@ -45,7 +55,8 @@ def fold_variables(
       pairs: paths of two layers that are applied one right after the other, in this order, for
         example `[("block_0/Conv_0", "block_0/BatchNorm_0")]`, or a mapping from the first to the
         second. The one with `mean` and `var` in `batch_stats` is the batch norm, the one with a
-        `kernel` the linear layer. A layer may be in one pair.
+        `kernel` the linear layer. A layer may be in one pair. A batch norm behind a concatenation
+        has a tuple of linear layers, in the order of the channels: `(("a", "b"), "norm")`.
       epsilon: that of the batch norms; a Python number ≥ 0. Where they differ, fold those of each
         epsilon in a call of their own.
       padding: that of the convolutions behind a batch norm, as for `fold_into_conv`.
@@ -57,8 +68,9 @@ def fold_variables(
     Raises:
       TypeError: `variables` is no mapping, `pairs` no pairs of strings, or as `fold_into_conv`.
       ValueError: a collection or a path is not there, a pair has no batch norm or two, or no
-        kernel, a layer is in two pairs, a running variance is negative, statistics or results are
-        not finite (where they are not traced), or as `fold_into_conv`.
+        kernel, a layer is in two pairs, a kernel is not used as it is stored, a running variance is
+        negative, statistics or results are not finite (where they are not traced), or as
+        `fold_into_conv`.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn
@@ -81,7 +93,11 @@ def fold_variables(
       `torch.nn.utils.fusion`; `docs/folding.md`.
     """
     linears, norms = _layers(variables)
-    checked = [_checked_pair(pair, linears, norms) for pair in _once_each(pairs)]
+    checked = [
+        pair for given in _once_each(pairs) for pair in _checked_pairs(given, linears, norms)
+    ]
+    for pair in checked:
+        _check_kernel_is_used(variables, pair.linear)
     if padding is not None and not any(
         pair.before and jnp.ndim(linears[pair.linear]["kernel"]) > 2 for pair in checked
     ):
@@ -100,7 +116,7 @@ def fold_variables(
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
         results = jax.jit(folded)(layers)
     for (new, wrong), pair in zip(results, checked, strict=True):
-        linear, norm, _ = pair
+        linear, norm, *_ = pair
         if known:
             values = norms[norm]["mean"], norms[norm]["var"], new["kernel"], new["bias"]
             _check(wrong, values, pair)
@@ -143,25 +159,52 @@ def _modules(tree: Tree, parents: tuple[str, ...] = ()) -> Iterator[tuple[str, T
             yield from _modules(node, path)
 
 
-def _once_each(pairs: Pairs) -> list[tuple[str, str]]:
+def _once_each(pairs: Pairs) -> list[tuple[Paths, str]]:
     """The pairs as a list, in which no path comes twice."""
     listed = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
     for pair in listed:
-        strings = isinstance(pair, Sequence) and all(isinstance(path, str) for path in pair)
+        strings = isinstance(pair, Sequence) and all(
+            isinstance(path, str) for one in pair for path in _paths(one)
+        )
         if isinstance(pair, str) or not strings or len(pair) != 2:
             raise TypeError(
                 "`pairs` must hold pairs of paths, for example "
                 f'[("block_0/Conv_0", "block_0/BatchNorm_0")]; got {pair!r} in it.'
             )
-    paths = [path for pair in listed for path in pair]
+    paths = [path for pair in listed for one in pair for path in _paths(one)]
     for path in paths:
         if paths.count(path) > 1:
             raise ValueError(
                 f"A layer may come once in `pairs`; {path!r} comes twice. Fold the batch norms "
                 "before and behind a layer in two calls; a layer that feeds two batch norms "
-                "cannot take in either."
+                "cannot take in either. " + CONCATENATION
             )
     return listed
+
+
+def _paths(paths: Any) -> tuple[Any, ...]:
+    return paths if isinstance(paths, tuple) else (paths,)
+
+
+def _checked_pairs(
+    pair: tuple[Paths, str], linears: Mapping[str, Tree], norms: Mapping[str, Tree]
+) -> list[_Pair]:
+    """A pair for each linear layer, with its part of the channels of the batch norm."""
+    if not isinstance(pair[0], tuple):
+        return [_checked_pair((pair[0], pair[1]), linears, norms)]
+    pairs = [_checked_pair((path, pair[1]), linears, norms) for path in pair[0]]
+    sizes = [0 if p.before else jnp.shape(linears[p.linear]["kernel"])[-1] for p in pairs]
+    ends = list(itertools.accumulate(sizes))
+    size = jnp.size(norms[pairs[0].norm]["mean"])
+    if any(p.before for p in pairs) or ends[-1] != size:
+        raise ValueError(
+            "A tuple of `pairs` must name the linear layers whose outputs a batch norm takes, "
+            f"concatenated; got {pair!r}, {ends[-1]} outputs for a batch norm of {size} channels."
+        )
+    return [
+        p._replace(channels=slice(end - size, end))
+        for p, size, end in zip(pairs, sizes, ends, strict=True)
+    ]
 
 
 def _checked_pair(pair: tuple[str, str], linears: Collection[str], norms: Collection[str]) -> _Pair:
@@ -183,10 +226,38 @@ def _checked_pair(pair: tuple[str, str], linears: Collection[str], norms: Collec
     return _Pair(second, first, True) if first in norms else _Pair(first, second, False)
 
 
+def _check_kernel_is_used(variables: Tree, linear: str) -> None:
+    """Refuses a layer with variables that its kernel is computed from, or with."""
+    own, layer = f"{linear}/", linear.split("/")
+    others = []
+    for collection, tree in variables.items():
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+            names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+            *parents, name = names
+            if "/".join(names).startswith(own):
+                wanted = collection == "params" and name in ("kernel", "bias")
+                others += [] if wanted and len(names) == len(layer) + 1 else [name]
+            # Linen's wrappers name what they hold after the parameter: "conv/kernel/scale".
+            elif "/".join([*parents[:-1], name]).startswith(f"{own}kernel/"):
+                others.append(name)
+    if "layer_instance" in layer:  # a wrapper of NNX
+        others.append("layer_instance")
+    if others:
+        raise ValueError(
+            f"A layer must use its `kernel` as it is stored; got {linear!r} with "
+            f"{', '.join(map(repr, sorted({*others})))}, such as weight normalization, spectral "
+            "normalization or low-rank adaptation has. Compute the kernel that the layer uses, and "
+            "fold that with `fold_into_conv` or `fold_into_dense` into a layer without these."
+        )
+
+
 def _fold(
     linear: Tree, norm: Tree, pair: _Pair, epsilon: float, padding: Padding | None
 ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
     """The new kernel and bias of a linear layer, and how many values break each requirement."""
+    if pair.channels is not None:
+        names = {*norm} & {"mean", "var", "scale", "bias"}
+        norm = {name: jnp.asarray(norm[name])[pair.channels] for name in names}
     mean, var, kernel = norm["mean"], norm["var"], linear["kernel"]
     arrays = kernel, linear.get("bias"), mean, var, norm.get("scale"), norm.get("bias")
     before = pair.before
@@ -206,6 +277,8 @@ def _fold(
             )
     except (TypeError, ValueError) as error:
         error.add_note(f"This was to fold {pair.norm!r} into {pair.linear!r}.")
+        if not before and pair.channels is None and jnp.size(mean) > jnp.shape(kernel)[-1]:
+            error.add_note(CONCATENATION)
         raise
     finite = [jnp.isfinite(value) for value in (mean, var, *new)]
     finite[1] &= var >= 0

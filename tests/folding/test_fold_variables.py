@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers.folding_reference import applied, assert_same, batch_norm, kernel_of
 from helpers.numpy_reference import sample
 
 import jaxbn
+import jaxbn.nnx
 from jaxbn import linen
 
 NORMS = {
@@ -20,6 +22,9 @@ NORMS = {
     "jaxbn.linen.BatchNorm2d": lambda **o: linen.BatchNorm2d(_features(o), axis=-1, **o),
     "flax.linen.BatchNorm": lambda **o: nn.BatchNorm(force_float32_reductions=False, **o),
 }
+
+V4, V6 = np.ones(4, np.float32), np.ones(6, np.float32)
+KERNEL = np.ones((3, 3, 4, 6), np.float32)
 
 
 def _features(options):
@@ -173,14 +178,88 @@ def test_batch_norms_on_both_sides_take_two_calls():
     assert_same(x @ layer["kernel"] + layer["bias"], expected)
 
 
+class Branches(nn.Module):
+    """Three linear layers with outputs side by side, under one batch norm."""
+
+    folded: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        bias = {"use_bias": self.folded, "param_dtype": x.dtype}
+        first = nn.Conv(3, (1, 1), name="first", **bias)(x)
+        depthwise = nn.Conv(4, (3, 3), feature_group_count=4, name="depthwise", **bias)(x)
+        last = nn.Dense(1, name="last", **bias)(x)
+        x = jnp.concatenate([first, depthwise, last], -1)
+        return x if self.folded else linen.BatchNorm(True, name="norm")(x)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_batch_norm_behind_a_concatenation():
+    x = sample((2, 6, 6, 4), 1, 2.0, 3.0)
+    mean, var, scale, bias = batch_norm(8)
+    params = Branches().init(jax.random.key(0), x)["params"] | {
+        "norm": {"scale": scale, "bias": bias}
+    }
+    variables = {"params": params, "batch_stats": {"norm": {"mean": mean, "var": var}}}
+    layers = ("first", "depthwise", "last")
+    folded = jaxbn.fold_variables(variables, [(layers, "norm")])
+    assert {*folded["params"]} == {*layers}
+    expected = Branches().apply(variables, x)
+    assert_same(Branches(folded=True).apply(folded, x), expected)
+
+    with pytest.raises(ValueError, match=re.escape("concatenated; got (('first', 'depthwise'),")):
+        jaxbn.fold_variables(variables, [(("first", "depthwise"), "norm")])
+    alone = [("first", "norm")], [("first", "norm"), ("last", "norm")]
+    for pairs in alone:
+        with pytest.raises(ValueError, match=r"must have shape|comes twice") as caught:
+            jaxbn.fold_variables(variables, pairs)
+        said = " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+        assert "takes all layers in one pair, in the order of the channels" in said
+
+
+def of_linen(wrapper):
+    class Wrapped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return linen.BatchNorm(True, name="norm")(wrapper(nn.Conv(4, (3, 3), name="conv"))(x))
+
+    return jax.eval_shape(Wrapped().init, jax.random.key(0), jnp.ones((1, 5, 5, 3))), "conv"
+
+
+def of_nnx(make):
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(conv=make(rngs), norm=jaxbn.nnx.BatchNorm(4, rngs=rngs))
+    _, stats, params = nnx.split(model, nnx.BatchStat, ...)
+    trees = {"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(stats)}
+    return trees, "conv/layer_instance" if "layer_instance" in trees["params"]["conv"] else "conv"
+
+
+def reparametrized():
+    yield "weight normalization", *of_linen(nn.WeightNorm), "'conv/kernel/scale'"
+    spectral = of_linen(lambda layer: lambda x: nn.SpectralNorm(layer)(x, update_stats=False))
+    yield "spectral normalization", *spectral, "'conv/kernel/sigma', 'conv/kernel/u'"
+    low_rank = of_nnx(lambda rngs: nnx.LoRALinear(3, 4, lora_rank=2, rngs=rngs))
+    yield "low rank", *low_rank, "'lora_a', 'lora_b'"
+    layer = of_nnx(lambda rngs: nnx.WeightNorm(nnx.Conv(3, 4, (3, 3), rngs=rngs), rngs=rngs))
+    yield "weight normalization of NNX", *layer, "'layer_instance'"
+    norm = {"mean": V4, "var": V4}
+    quantized = {"params": {"conv": {"kernel": KERNEL, "kernel_scale": V4}}}
+    yield "quantized", {**quantized, "batch_stats": {"norm": norm}}, "conv", "'kernel_scale'"
+    scaled = {"params": {"conv": {"kernel": KERNEL}}, "fp8": {"conv": {"scale": V4}}}
+    yield "float8", {**scaled, "batch_stats": {"norm": norm}}, "conv", "'scale'"
+
+
+def test_kernels_that_are_not_used_as_stored_are_refused():
+    for name, variables, layer, found in reparametrized():
+        with pytest.raises(ValueError, match="A layer must use its `kernel` as it is") as caught:
+            jaxbn.fold_variables(variables, [(layer, "norm")])
+        assert f"got {layer!r} with {found}, such as weight" in str(caught.value), name
+
+
 def test_constants_inside_of_jit_are_checked():
     bad = tree(batch_stats={"norm": {"mean": np.zeros(4), "var": -np.ones(4)}})
     with pytest.raises(ValueError, match="finite and not negative; got 4 of 4 values"):
         jax.jit(lambda: jaxbn.fold_variables(bad, [("dense", "norm")]))()
-
-
-V4, V6 = np.ones(4, np.float32), np.ones(6, np.float32)
-KERNEL = np.ones((3, 3, 4, 6), np.float32)
 
 
 def tree(params=None, batch_stats=None):
