@@ -82,7 +82,8 @@ def batch_norm(
       ValueError: there is one value per channel in training, a shape does not fit, `epsilon` or
         `momentum` is out of range; as `normalize`.
       NameError: `axis_name` is not bound, in training.
-      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`.
+      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`, or `axis_name` is
+        one inside of `jax.shard_map` with `check_vma=True`.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn

@@ -74,7 +74,8 @@ def batch_moments(
       ValueError: `axis` is out of range, `x` has no channels, `mask` does not broadcast to the
         shape of `x` or holds other values than 0 and 1 (NaN results where it is traced).
       NameError: `axis_name` is not bound.
-      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`.
+      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`, or `axis_name` is
+        one inside of `jax.shard_map` with `check_vma=True`.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn

@@ -149,7 +149,8 @@ def batch_normalize(
       ValueError: there is one value per channel, `epsilon` is not positive, the groups do not
         divide the samples or the indices, or as `normalize`.
       NameError: `axis_name` is not bound.
-      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`.
+      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`, or `axis_name` is
+        one inside of `jax.shard_map` with `check_vma=True`.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn

@@ -45,6 +45,13 @@ def checked_devices(axis_name: AxisName, index_groups: AxisIndexGroups = None) -
             f"{axis_name!r}, which is not bound here. Outside of them leave it at None: under "
             "jax.jit the batch is the global one."
         ) from None
+    inner = _mapped_by_vmap(devices.names)
+    if inner and any(_varies(name) for name in jax.sharding.get_abstract_mesh().manual_axes):
+        raise NotImplementedError(
+            "`axis_name` must not name an axis of jax.vmap inside of jax.shard_map, where JAX "
+            f"checks what varies between devices; got {axis_name!r}, with {inner[0]!r} of jax.vmap."
+            " Pass check_vma=False to jax.shard_map."
+        )
     if index_groups is None:
         return devices
     if len(devices.names) != 1:
@@ -52,7 +59,7 @@ def checked_devices(axis_name: AxisName, index_groups: AxisIndexGroups = None) -
             "`axis_index_groups` splits the indices along one axis, which `axis_name` must name; "
             f"got axis_name={axis_name!r}."
         )
-    if _mapped_by_vmap(devices.names):
+    if inner:
         raise NotImplementedError(
             "`axis_index_groups` needs an axis of jax.pmap or jax.shard_map: JAX has no groups "
             f"along axes of jax.vmap, as {axis_name!r} is. Map two axes and name one of them, or "
@@ -78,6 +85,11 @@ def _mapped_by_vmap(names: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
     """The axes that live inside arrays: what crosses these crosses no device."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(name for name in names if name not in manual)
+
+
+def _varies(name: Hashable) -> bool:
+    """Whether the types in an enclosing `jax.shard_map` say what varies along the axis."""
+    return name in jax.typeof(jax.lax.axis_index(name)).manual_axis_type.varying
 
 
 def placed_like(array: jax.Array, x: jax.Array) -> jax.Array:

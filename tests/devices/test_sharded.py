@@ -232,3 +232,27 @@ def test_long_batches_of_vectors_stay_in_place():
     moments = jax.jit(jaxbn.batch_moments)(jax.device_put(x, NamedSharding(mesh, P(("a", "b")))))
     assert error(moments.var, x.astype(np.float64).var(0)) <= tolerance(np.float32, len(x))
     assert jnp.all(moments.count == len(x))
+
+
+@pytest.mark.parametrize("names", ["inner", ("inner", "a")])
+def test_an_axis_of_vmap_inside_of_shard_map(names):
+    x = problem((8, 2, 6), -1, dtype=np.float32)[0]
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
+
+    def local(x):
+        def normalized(x):
+            return jaxbn.batch_normalize(x, axis_name=names)[0]
+
+        return jax.vmap(normalized, 1, 1, axis_name="inner")(x)
+
+    def run(check_vma):
+        specs = {"in_specs": P("a"), "out_specs": P("a")}
+        return jax.jit(jax.shard_map(local, mesh=mesh, check_vma=check_vma, **specs))(x)
+
+    expected = x if names != "inner" else x.reshape(4, 2, 2, 6)
+    axes = (0, 1) if names != "inner" else (1, 2)
+    mean, var = (f(expected, axis=axes, keepdims=True) for f in (np.mean, np.var))
+    expected = ((expected - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+    assert error(run(False), expected) <= 1e-6
+    with pytest.raises(NotImplementedError, match="Pass check_vma=False to jax.shard_map."):
+        run(True)
