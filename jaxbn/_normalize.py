@@ -46,7 +46,7 @@ def normalize(
     Args:
       x: input, channels at `axis`; float16, bfloat16, float32 or float64.
       mean: shape `[C]`, usually `BatchStats.mean`.
-      var: shape `[C]`, usually `BatchStats.var`.
+      var: shape `[C]`, usually `BatchStats.var`; where it is negative, NaN results.
       scale: γ, shape `[C]`; None means 1.
       bias: β, shape `[C]`; None means 0.
       axis: the channel axis of `x`.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._activation import Activation, is_own
@@ -90,7 +91,8 @@ def normalize_by_statistics(
         z = applied(coefficients(mean, None, rstd, operands), operands, form)
         return activated(z, operands, form)
 
-    rstd = jax.lax.rsqrt(var + form.epsilon)
+    # A negative variance shows, even where epsilon would make up for it.
+    rstd = jax.lax.rsqrt(jnp.where(var < 0, jnp.nan, var) + form.epsilon)
     y: jax.Array = jax.checkpoint(output, prevent_cse=False)(operands, mean, rstd)
     return y
 

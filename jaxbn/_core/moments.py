@@ -29,6 +29,8 @@ from jaxbn._core.devices import ALONE, Devices, gathered, spread, summed
 GATHERED = 16
 # Values whose sum has a rounding error that is small, and random from one such sum to the next.
 ROW = 256
+# Entries of a mask that an int32 can count.
+COUNTED = 2**31 - 1
 # The part of a batch that is its first sample.
 FIRST = 0
 
@@ -270,7 +272,10 @@ def _count(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike) ->
         return jnp.asarray(x.size // x.shape[axis], dtype)
     axes = reduced_axes(x.ndim, axis)
     repeats = _size(x, [i for i in axes if mask.shape[i] == 1 != x.shape[i]])
-    count = mask.sum(axes, dtype=jnp.int32).astype(dtype) * repeats
+    # An int32 holds the count of one sample, if not of all.
+    first = axes[:1] if isinstance(mask.size, int) and mask.size > COUNTED else ()
+    count = mask.sum([i for i in axes if i not in first], dtype=jnp.int32, keepdims=True)
+    count = count.astype(dtype).sum(axes) * jnp.asarray(repeats, dtype)
     return jnp.broadcast_to(count, (x.shape[axis],))
 
 

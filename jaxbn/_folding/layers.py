@@ -75,8 +75,8 @@ def fold_into_conv(
     Raises:
       TypeError: an array is not real floating point, or a flag is not a bool.
       ValueError: `layout` does not fit the kernel, a vector does not fit the channels, the groups
-        do not divide them, `epsilon` is negative, the result would not be exact for `before`, or
-        `padding` is given where it makes no difference.
+        do not divide them, `epsilon` or a variance is negative (a traced one gives NaN), the result
+        would not be exact for `before`, or `padding` is given where it makes no difference.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbn
@@ -139,7 +139,7 @@ def fold_into_dense(
     Raises:
       TypeError: an array is not real floating point, or `before` is not a bool.
       ValueError: `layout` does not fit the kernel, a vector does not fit the channels, or `epsilon`
-        is negative.
+        or a variance is negative (a traced one gives NaN).
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -176,6 +176,11 @@ def _fold(
     if kernel_bias is None:
         kernel_bias = jnp.zeros(outputs, kernel.dtype)
     kernel_bias = checked_channels(kernel_bias, "kernel_bias", layer, before=False)
+    if not isinstance(var, jax.core.Tracer) and (negative := int((var < 0).sum())):
+        raise ValueError(
+            f"`var` must not be negative; got {negative} of {var.size} values that are. The "
+            "running variance of a batch norm never is: check where it was read from."
+        )
     wide = statistics_dtype(kernel.dtype, kernel_bias.dtype, mean.dtype, var.dtype)
     zeros = jnp.zeros(mean.shape, wide)
     # The slope of batch norm is what it makes of 1 at mean 0.

@@ -366,6 +366,14 @@ KERNEL = np.ones((3, 3, 4, 6), np.float32)
 POINTWISE = np.ones((1, 1, 4, 6), np.float32)
 
 
+def test_a_traced_negative_variance_shows():
+    kernel, bias = jax.jit(jaxbn.fold_into_dense)(
+        np.ones((2, 3), np.float32), None, np.ones(3, np.float32), -np.ones(3, np.float32)
+    )
+    assert np.isnan(kernel).all()
+    assert np.isnan(bias).all()
+
+
 def fold_conv(kernel=KERNEL, own=None, vector=V6, **options):
     return jaxbn.fold_into_conv(kernel, own, vector, vector, **options)
 
@@ -391,6 +399,11 @@ CASES = {
         lambda: jaxbn.fold_into_conv(KERNEL, None, None, V6),
         TypeError,
         "`mean` must be an array; got None.",
+    ),
+    "negative variance": (
+        lambda: jaxbn.fold_into_conv(KERNEL, None, V6, V6 - np.arange(6, dtype=np.float32)),
+        ValueError,
+        "`var` must not be negative; got 4 of 6 values that are.",
     ),
     "layout for another rank": (
         lambda: fold_conv(np.ones((3, 4, 6))),

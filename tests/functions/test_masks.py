@@ -13,6 +13,7 @@ from jax.experimental import checkify
 
 import jaxbn
 from jaxbn import linen
+from jaxbn._core import moments
 
 SHAPE = (8, 5, 6, 4)
 # The shapes of masks, all of which broadcast against `SHAPE`.
@@ -307,3 +308,19 @@ def test_layers(module):
     y = module.apply(variables, padded, True, mask=mask)
     assert np.isfinite(y).all()
     assert (np.asarray(y)[~np.broadcast_to(mask, SHAPE)] == 0).all()
+
+
+def test_more_entries_than_an_int32_counts(monkeypatch):
+    x, mask = jnp.ones((8, 5, 6, 4)), random_mask((8, 5, 6, 1))
+    expected = jaxbn.batch_moments(x, mask=mask).count
+    monkeypatch.setattr(moments, "COUNTED", 100)
+    jax.clear_caches()
+    found = jaxbn.batch_moments(x, mask=mask).count
+    jax.clear_caches()
+    np.testing.assert_array_equal(found, expected)
+
+    # One value of the mask may stand for more than an int32 counts.
+    huge = jax.ShapeDtypeStruct((2, 70000, 70000, 1), jnp.bfloat16)
+    small = jax.ShapeDtypeStruct((2, 1, 1, 1), bool)
+    shapes = jax.eval_shape(lambda x, mask: jaxbn.batch_normalize(x, mask=mask), huge, small)
+    assert shapes[1].count.shape == (1,)

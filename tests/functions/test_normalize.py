@@ -110,6 +110,15 @@ def test_epsilon_is_inside_the_root():
     np.testing.assert_allclose(y, x / 2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("negative", [-1e-6, -2.0])
+def test_a_negative_variance_shows(negative):
+    x, mean, var = jnp.ones((2, 3)), jnp.zeros(3), jnp.array([1.0, negative, 0.0])
+    for function in (jaxbn.normalize, jax.jit(jaxbn.normalize)):
+        y = function(x, mean, var)
+        assert np.isnan(y[:, 1]).all()
+        assert np.isfinite(y[:, ::2]).all()
+
+
 @pytest.mark.parametrize(
     ("with_scale", "with_bias"), [(True, False), (False, True), (False, False)]
 )
