@@ -12,6 +12,7 @@ from jaxbn._checks import check_bool, check_momentum
 from jaxbn._core.devices import AxisIndexGroups, AxisName, spread
 from jaxbn._normalize import batch_normalize, normalize
 from jaxbn._stats import BatchStats, checked_stats, update_batch_stats
+from jaxbn._types import Bool, Flag, Integer, Number
 
 Stats = TypeVar("Stats", BatchStats, None, BatchStats | None)
 Mode = Callable[[], tuple[jax.Array, BatchStats]]
@@ -23,19 +24,19 @@ def batch_norm(
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     *,
-    train: bool | jax.Array,
+    train: Flag,
     momentum: ArrayLike | None = 0.1,
-    unbiased: bool = True,
-    axis: int = -1,
-    epsilon: float = 1e-5,
+    unbiased: Bool = True,
+    axis: Integer = -1,
+    epsilon: Number = 1e-5,
     dtype: DTypeLike | None = None,
     axis_name: AxisName = None,
     axis_index_groups: AxisIndexGroups = None,
-    virtual_batch_size: int | None = None,
+    virtual_batch_size: Integer | None = None,
     mask: ArrayLike | None = None,
     activation: str | Activation | None = None,
     residual: ArrayLike | None = None,
-    skip_nonfinite: bool | jax.Array = False,
+    skip_nonfinite: Flag = False,
 ) -> tuple[jax.Array, Stats]:
     """Batch norm in training or in inference mode, with its running statistics.
 

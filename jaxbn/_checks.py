@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._core.devices import Devices, placed_like
+from jaxbn._types import Integer, Number
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -54,7 +55,7 @@ def checked_dtype(dtype: DTypeLike | None, x: jax.Array) -> np.dtype[Any]:
     return np.dtype(chosen)
 
 
-def checked_axis(shape: tuple[int, ...], axis: int) -> int:
+def checked_axis(shape: tuple[int, ...], axis: Integer) -> int:
     """The channel axis of an array of this shape, counted from the front."""
     try:
         index = operator.index(axis)
@@ -77,7 +78,7 @@ def checked_axis(shape: tuple[int, ...], axis: int) -> int:
     return index % len(shape)
 
 
-def checked_input(x: ArrayLike, axis: int) -> tuple[jax.Array, int]:
+def checked_input(x: ArrayLike, axis: Integer) -> tuple[jax.Array, int]:
     """`x` as an array, and its channel axis counted from the front."""
     x = checked_float(x, "x")
     return x, checked_axis(x.shape, axis)
@@ -103,7 +104,7 @@ def axis_hint(shape: tuple[int, ...], axis: int, expected: tuple[int, ...]) -> s
     return f" For {layout} inputs pass axis={other}."
 
 
-def checked_epsilon(epsilon: float, dtype: np.dtype[Any], *, train: bool) -> float:
+def checked_epsilon(epsilon: Number, dtype: np.dtype[Any], *, train: bool) -> float:
     """`epsilon` as a float that `dtype` has: positive in training, non-negative in inference."""
     if not isinstance(epsilon, numbers.Real):
         raise TypeError(

@@ -8,15 +8,19 @@ from typing import Any
 import jax
 
 from jaxbn._core.axes import reduced_axes
+from jaxbn._types import Integer
 
 
-def checked_groups(virtual_batch_size: int | None, x: jax.Array, axis: int) -> int:
+def checked_groups(virtual_batch_size: Integer | None, x: jax.Array, axis: int) -> int:
     """How many groups of `virtual_batch_size` samples are normalized apart."""
     if virtual_batch_size is None:
         return 1
-    value = virtual_batch_size
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`virtual_batch_size` must be an int of at least 1; got {value!r}.")
+    whole = isinstance(virtual_batch_size, numbers.Integral)
+    if not whole or isinstance(virtual_batch_size, bool) or virtual_batch_size < 1:
+        raise ValueError(
+            f"`virtual_batch_size` must be an int of at least 1; got {virtual_batch_size!r}."
+        )
+    value = int(virtual_batch_size)
     batch_axis = reduced_axes(x.ndim, axis)[:1]
     samples = math.prod(x.shape[i] for i in batch_axis)
     if not isinstance(samples, int):
@@ -31,7 +35,7 @@ def checked_groups(virtual_batch_size: int | None, x: jax.Array, axis: int) -> i
             f"`virtual_batch_size` must divide the number of samples; got {value} for x.shape="
             f"{x.shape}, {samples} samples. Pad the batch and mask what is padded."
         )
-    groups = int(samples // value)
+    groups = samples // value
     shard = jax.typeof(x).sharding.shard_shape(x.shape)
     devices = samples // math.prod(shard[i] for i in batch_axis)
     if groups % devices:

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxbn._checks import checked_input, checked_mask, statistics_dtype
 from jaxbn._core.devices import AxisIndexGroups, AxisName, checked_devices
 from jaxbn._core.moments import Shifted, added, merged, shifted_moments
+from jaxbn._types import Integer
 
 
 class Moments(NamedTuple):
@@ -42,7 +43,7 @@ jax.export.register_namedtuple_serialization(Moments, serialized_name="jaxbn.Mom
 def batch_moments(
     x: ArrayLike,
     *,
-    axis: int = -1,
+    axis: Integer = -1,
     axis_name: AxisName = None,
     axis_index_groups: AxisIndexGroups = None,
     mask: ArrayLike | None = None,

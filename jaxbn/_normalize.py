@@ -23,6 +23,7 @@ from jaxbn._core.forward import Form, Operands, normalize_by_statistics, traced_
 from jaxbn._core.moments import Shifted, added, merged
 from jaxbn._ghost import by_group, checked_groups
 from jaxbn._moments import Moments, unshifted
+from jaxbn._types import Integer, Number
 
 
 def normalize(
@@ -32,8 +33,8 @@ def normalize(
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     *,
-    axis: int = -1,
-    epsilon: float = 1e-5,
+    axis: Integer = -1,
+    epsilon: Number = 1e-5,
     dtype: DTypeLike | None = None,
     mask: ArrayLike | None = None,
     activation: str | Activation | None = None,
@@ -102,12 +103,12 @@ def batch_normalize(
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     *,
-    axis: int = -1,
-    epsilon: float = 1e-5,
+    axis: Integer = -1,
+    epsilon: Number = 1e-5,
     dtype: DTypeLike | None = None,
     axis_name: AxisName = None,
     axis_index_groups: AxisIndexGroups = None,
-    virtual_batch_size: int | None = None,
+    virtual_batch_size: Integer | None = None,
     mask: ArrayLike | None = None,
     activation: str | Activation | None = None,
     residual: ArrayLike | None = None,

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn._checks import check_bool, check_momentum, checked_array
 from jaxbn._core.devices import placed_like
 from jaxbn._moments import Moments
+from jaxbn._types import Bool, Flag
 
 
 class BatchStats(NamedTuple):
@@ -32,7 +33,7 @@ count=Array(0, dtype=int32))
 
     mean: jax.Array
     var: jax.Array
-    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as documented
+    count: jax.Array | int  # type: ignore[assignment]  # shadows tuple.count, as documented
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, ArrayLike]) -> "BatchStats":
@@ -64,10 +65,11 @@ unknown: running_mean. For torch's names use `jaxbn.torch.from_state_dict`.
         """
         _check_names(mapping)
         stats = cls(*(checked_array(mapping[name], name) for name in cls._fields))
-        if stats.mean.ndim != 1 or stats.var.shape != stats.mean.shape or stats.count.ndim:
+        shapes = [jnp.shape(value) for value in stats]
+        if len(shapes[0]) != 1 or shapes != [shapes[0], shapes[0], ()]:
             raise ValueError(
                 "`mean` and `var` must be vectors of the same channels, and `count` a scalar; got "
-                f"the shapes {stats.mean.shape}, {stats.var.shape} and {stats.count.shape}."
+                "the shapes {}, {} and {}.".format(*shapes)
             )
         stats = checked_stats(stats)
         for name in ("mean", "var"):
@@ -122,8 +124,8 @@ def update_batch_stats(
     moments: Moments,
     *,
     momentum: ArrayLike | None = 0.1,
-    unbiased: bool = True,
-    skip_nonfinite: bool | jax.Array = False,
+    unbiased: Bool = True,
+    skip_nonfinite: Flag = False,
 ) -> BatchStats:
     """Folds the moments of one batch into the running statistics.
 
@@ -186,19 +188,19 @@ def _updated(
     stats: BatchStats,
     moments: Moments,
     momentum: ArrayLike | None,
-    skip_nonfinite: bool | jax.Array | None,
+    skip_nonfinite: Flag | None,
     *,
     unbiased: bool,
 ) -> BatchStats:
-    dtype = stats.mean.dtype
+    dtype, count = stats.mean.dtype, jnp.asarray(stats.count)
     kept, counted = jnp.array(True), jnp.array(True)
     if skip_nonfinite is not None:  # whether to count takes all channels, and those of all devices
         finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
         kept = finite | jnp.logical_not(skip_nonfinite)
         counted = kept.any()
     # At the largest integer the count stays: one more would be the smallest.
-    counted &= stats.count < jnp.iinfo(stats.count.dtype).max
-    count = stats.count + counted.astype(stats.count.dtype)
+    counted &= count < jnp.iinfo(count.dtype).max
+    count += counted.astype(count.dtype)
     batches = jnp.maximum(count, 1).astype(dtype)
     factor = 1 / batches if momentum is None else jnp.asarray(momentum, dtype)
     n = moments.count.astype(dtype)
@@ -239,15 +241,16 @@ def checked_stats(stats: BatchStats) -> BatchStats:
             "Running mean and variance must have the same dtype; "
             f"got {stats.mean.dtype} and {stats.var.dtype}."
         )
-    if not jnp.issubdtype(stats.count.dtype, jnp.integer):
+    count = jnp.asarray(stats.count)
+    if not jnp.issubdtype(count.dtype, jnp.integer):
         raise TypeError(
             "`stats.count` must be an integer array, the number of batches; "
-            f"got {stats.count.dtype}. Use .astype(jnp.int32)."
+            f"got {count.dtype}. Use .astype(jnp.int32)."
         )
-    if stats.count.ndim:
+    if count.ndim:
         raise ValueError(
             "`stats.count` must be a scalar, the number of batches of all channels; got shape "
-            f"{stats.count.shape}. Of statistics that are replicated take one: count[0]."
+            f"{count.shape}. Of statistics that are replicated take one: count[0]."
         )
     return stats
 

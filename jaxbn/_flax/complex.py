@@ -14,6 +14,7 @@ from jaxbn._core.devices import AxisIndexGroups, AxisName, checked_devices
 from jaxbn._moments import Moments, batch_moments
 from jaxbn._normalize import normalize
 from jaxbn._stats import BatchStats, update_batch_stats
+from jaxbn._types import Flag, Number
 
 
 def complex_moments(x: jax.Array, **options: Any) -> Moments:
@@ -30,7 +31,7 @@ def complex_normalize(
     bias: jax.Array | None,
     *,
     axis: int,
-    epsilon: float,
+    epsilon: Number,
     dtype: DTypeLike,
     mask: ArrayLike | None,
 ) -> jax.Array:
@@ -60,7 +61,7 @@ def complex_batch_norm(
     unbiased: bool,
     axis_name: AxisName,
     axis_index_groups: AxisIndexGroups,
-    skip_nonfinite: bool | jax.Array,
+    skip_nonfinite: Flag,
     **fixed: Any,
 ) -> tuple[jax.Array, BatchStats]:
     """`batch_norm`, by a running mean that is complex from the first batch on."""

@@ -10,9 +10,10 @@ from jax.typing import ArrayLike
 
 from jaxbn._activation import Activation, is_own
 from jaxbn._checks import checked_axis
+from jaxbn._types import Integer
 
 
-def feature_axes(axis: int | Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
+def feature_axes(axis: Integer | Sequence[Integer], shape: tuple[int, ...]) -> tuple[int, ...]:
     """The channel axes of an input of this shape, counted from the front, in ascending order."""
     axes = axis if isinstance(axis, (tuple, list)) else (axis,)
     if not axes:

@@ -16,6 +16,7 @@ from jaxbn._flax.features import Features, feature_axes
 from jaxbn._moments import batch_moments
 from jaxbn._normalize import normalize
 from jaxbn._stats import BatchStats
+from jaxbn._types import Number
 
 Module = Any  # of Linen or of NNX, with the fields of the same names that are read here
 Running = dict[str, jax.Array]
@@ -157,7 +158,7 @@ def _layer(
     train: Any,
     axis: int,
     dtype: DTypeLike,
-    epsilon: float,
+    epsilon: Number,
     momentum: Any,
     unbiased: bool,
     activation: str | Activation | None,

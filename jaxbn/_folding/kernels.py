@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbn._checks import check_bool, checked_float
+from jaxbn._types import Bool, Integer
 
 # As `flax.linen.Conv` takes it.
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -66,7 +67,7 @@ class LinearLayer(NamedTuple):
 
 
 def checked_layer(
-    shape: tuple[int, ...], layout: str, letters: str, groups: int = 1, transposed: bool = False
+    shape: tuple[int, ...], layout: str, letters: str, groups: Integer = 1, transposed: Bool = False
 ) -> LinearLayer:
     """The layer with a kernel of this shape, axes in space being some of `letters`."""
     letters_fit = (
@@ -96,7 +97,7 @@ def checked_layer(
     return LinearLayer(shape, layout, int(groups), bool(transposed))
 
 
-def checked_channels(value: ArrayLike, name: str, layer: LinearLayer, before: bool) -> jax.Array:
+def checked_channels(value: ArrayLike, name: str, layer: LinearLayer, before: Bool) -> jax.Array:
     """`value` as an array, refused unless it has one number for each input or output channel."""
     vector = checked_float(value, name)
     size, other = layer.channels if before else layer.channels[::-1]
@@ -114,7 +115,7 @@ def checked_channels(value: ArrayLike, name: str, layer: LinearLayer, before: bo
     )
 
 
-def check_padding(padding: Padding | None, layer: LinearLayer, before: bool) -> None:
+def check_padding(padding: Padding | None, layer: LinearLayer, before: Bool) -> None:
     """No padding may stand between a batch norm and the convolution that it is folded into."""
     if padding is not None and (not before or layer.transposed):
         raise ValueError(

@@ -16,6 +16,7 @@ from jaxbn._folding.kernels import (
     checked_layer,
 )
 from jaxbn._normalize import normalize
+from jaxbn._types import Bool, Integer, Number
 
 
 def fold_into_conv(
@@ -26,11 +27,11 @@ def fold_into_conv(
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     *,
-    epsilon: float = 1e-5,
+    epsilon: Number = 1e-5,
     layout: str = "HWIO",
-    feature_group_count: int = 1,
-    transposed: bool = False,
-    before: bool = False,
+    feature_group_count: Integer = 1,
+    transposed: Bool = False,
+    before: Bool = False,
     padding: Padding | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Kernel and bias of the one convolution that a convolution and a batch norm amount to.
@@ -110,9 +111,9 @@ def fold_into_dense(
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     *,
-    epsilon: float = 1e-5,
+    epsilon: Number = 1e-5,
     layout: str = "IO",
-    before: bool = False,
+    before: Bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Kernel and bias of the one dense layer that a dense layer and a batch norm amount to.
 
@@ -163,9 +164,9 @@ def _fold(
     var: ArrayLike,
     scale: ArrayLike | None,
     bias: ArrayLike | None,
-    epsilon: float,
+    epsilon: Number,
     layer: LinearLayer,
-    before: bool,
+    before: Bool,
 ) -> tuple[jax.Array, jax.Array]:
     mean, var = (checked_channels(v, n, layer, before) for n, v in (("mean", mean), ("var", var)))
     scale, bias = (

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxbn._folding.kernels import FLAX_LAYOUTS, Padding
 from jaxbn._folding.layers import fold_into_conv, fold_into_dense
+from jaxbn._types import Number
 
 Tree = Mapping[Any, Any]
 Variables = TypeVar("Variables", bound=Tree)
@@ -33,7 +34,7 @@ class _Pair(NamedTuple):
 
 
 def fold_variables(
-    variables: Variables, pairs: Pairs, *, epsilon: float = 1e-5, padding: Padding | None = None
+    variables: Variables, pairs: Pairs, *, epsilon: Number = 1e-5, padding: Padding | None = None
 ) -> Variables:
     """Folds the batch norms of a Flax network into the linear layers next to them.
 
@@ -252,7 +253,7 @@ def _check_kernel_is_used(variables: Tree, linear: str) -> None:
 
 
 def _fold(
-    linear: Tree, norm: Tree, pair: _Pair, epsilon: float, padding: Padding | None
+    linear: Tree, norm: Tree, pair: _Pair, epsilon: Number, padding: Padding | None
 ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
     """The new kernel and bias of a linear layer, and how many values break each requirement."""
     if pair.channels is not None:

@@ -14,6 +14,7 @@ from jaxbn._checks import checked_array
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._flax.features import feature_axes
 from jaxbn._flax.layer import check_channels, flax_layer
+from jaxbn._types import Flag, Integer, Number
 from jaxbn.linen._variables import (
     activation,
     running_statistics,
@@ -92,10 +93,10 @@ class BatchNorm(nn.Module):
       `flax.linen.BatchNorm`.
     """
 
-    use_running_average: bool | None = None
-    axis: int | Sequence[int] = -1
-    momentum: float = 0.99
-    epsilon: float = 1e-5
+    use_running_average: Flag | None = None
+    axis: Integer | Sequence[Integer] = -1
+    momentum: Number = 0.99
+    epsilon: Number = 1e-5
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     use_bias: bool = True
@@ -107,14 +108,14 @@ class BatchNorm(nn.Module):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     activation: str | Activation | None = None
-    skip_nonfinite: bool = False
-    virtual_batch_size: int | None = None
+    skip_nonfinite: Flag = False
+    virtual_batch_size: Integer | None = None
 
     @nn.compact
     def __call__(
         self,
         x: ArrayLike,
-        use_running_average: bool | jax.Array | None = None,
+        use_running_average: Flag | None = None,
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,

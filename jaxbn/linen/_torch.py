@@ -13,6 +13,7 @@ from jaxbn._checks import checked_float
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._flax.layer import check_channels, check_layout, torch_layer
 from jaxbn._stats import BatchStats
+from jaxbn._types import Flag, Integer, Number
 from jaxbn.linen._variables import (
     activation,
     running_statistics,
@@ -27,22 +28,22 @@ class _TorchBatchNorm(nn.Module):
     """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share: all but the layouts they take."""
 
     num_features: int
-    eps: float = 1e-5
-    momentum: float | None = 0.1
+    eps: Number = 1e-5
+    momentum: Number | None = 0.1
     affine: bool = True
     track_running_stats: bool = True
     bias: bool = True
-    axis: int = 1
+    axis: Integer = 1
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     scale_init: Initializer = nn.initializers.ones
     bias_init: Initializer = nn.initializers.zeros
     axis_name: AxisName = None
-    use_running_average: bool | None = None
+    use_running_average: Flag | None = None
     activation: str | Activation | None = None
-    skip_nonfinite: bool = False
+    skip_nonfinite: Flag = False
     axis_index_groups: AxisIndexGroups = None
-    virtual_batch_size: int | None = None
+    virtual_batch_size: Integer | None = None
 
     layouts: ClassVar[tuple[str, ...]] = ()  # without the C, whose place is `axis`
 
@@ -50,7 +51,7 @@ class _TorchBatchNorm(nn.Module):
     def __call__(
         self,
         x: ArrayLike,
-        use_running_average: bool | jax.Array | None = None,
+        use_running_average: Flag | None = None,
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,

@@ -14,9 +14,10 @@ from jaxbn._activation import Activation, is_own
 from jaxbn._checks import statistics_dtype
 from jaxbn._flax.layer import EFFECTS, Running, mode
 from jaxbn._stats import init_batch_stats
+from jaxbn._types import Flag
 
 
-def training_mode(module: nn.Module, use_running_average: bool | jax.Array | None) -> Any:
+def training_mode(module: nn.Module, use_running_average: Flag | None) -> Any:
     return mode(
         nn.merge_param("use_running_average", module.use_running_average, use_running_average)
     )

@@ -16,6 +16,7 @@ from jaxbn._checks import checked_array
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._flax.layer import check_channels, flax_layer
 from jaxbn._stats import init_batch_stats
+from jaxbn._types import Flag, Integer, Number
 from jaxbn.nnx._variables import BatchNormLayer, parameter, value
 
 
@@ -92,10 +93,10 @@ class BatchNorm(BatchNormLayer):
         self,
         num_features: int,
         *,
-        use_running_average: bool | None = False,
-        axis: int | Sequence[int] = -1,
-        momentum: float = 0.99,
-        epsilon: float = 1e-5,
+        use_running_average: Flag | None = False,
+        axis: Integer | Sequence[Integer] = -1,
+        momentum: Number = 0.99,
+        epsilon: Number = 1e-5,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         use_bias: bool = True,
@@ -110,8 +111,8 @@ class BatchNorm(BatchNormLayer):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         activation: str | Activation | None = None,
-        skip_nonfinite: bool = False,
-        virtual_batch_size: int | None = None,
+        skip_nonfinite: Flag = False,
+        virtual_batch_size: Integer | None = None,
     ) -> None:
         stats = init_batch_stats(num_features)
         self.mean = nnx.BatchStat(stats.mean)
@@ -139,7 +140,7 @@ class BatchNorm(BatchNormLayer):
     def __call__(
         self,
         x: ArrayLike,
-        use_running_average: bool | jax.Array | None = None,
+        use_running_average: Flag | None = None,
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,

@@ -13,6 +13,7 @@ from jaxbn._checks import checked_float, statistics_dtype
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._flax.layer import check_channels, check_layout, torch_layer
 from jaxbn._stats import BatchStats, init_batch_stats
+from jaxbn._types import Flag, Integer, Number
 from jaxbn.nnx._variables import BatchNormLayer, parameter, value
 
 
@@ -24,23 +25,23 @@ class _TorchBatchNorm(BatchNormLayer):
     def __init__(
         self,
         num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        eps: Number = 1e-5,
+        momentum: Number | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         *,
         bias: bool = True,
-        axis: int = 1,
+        axis: Integer = 1,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         scale_init: Initializer = nnx.initializers.ones,
         bias_init: Initializer = nnx.initializers.zeros,
         axis_name: AxisName = None,
-        use_running_average: bool | None = False,
+        use_running_average: Flag | None = False,
         activation: str | Activation | None = None,
-        skip_nonfinite: bool = False,
+        skip_nonfinite: Flag = False,
         axis_index_groups: AxisIndexGroups = None,
-        virtual_batch_size: int | None = None,
+        virtual_batch_size: Integer | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.scale = parameter(affine, scale_init, num_features, param_dtype, rngs, {})
@@ -67,7 +68,7 @@ class _TorchBatchNorm(BatchNormLayer):
     def __call__(
         self,
         x: ArrayLike,
-        use_running_average: bool | jax.Array | None = None,
+        use_running_average: Flag | None = None,
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,

@@ -10,12 +10,13 @@ from flax.typing import Dtype, Initializer
 
 from jaxbn._activation import Activation, is_own
 from jaxbn._flax.layer import EFFECTS, Running, mode
+from jaxbn._types import Flag, Integer
 
 
 def parameter(
     used: bool,
     initializer: Initializer,
-    num_features: int,
+    num_features: Integer,
     dtype: Dtype,
     rngs: nnx.Rngs,
     metadata: Mapping[str, Any],
@@ -34,10 +35,10 @@ def value(variable: Any) -> Any:
 class BatchNormLayer(nnx.Module):
     """What all layers share: the choice of the mode, and where running statistics are kept."""
 
-    use_running_average: bool | jax.Array | None
+    use_running_average: Flag | None
     activation: str | Activation | None
 
-    def set_view(self, use_running_average: bool | None = None) -> None:
+    def set_view(self, use_running_average: Flag | None = None) -> None:
         """Chooses the mode of a layer, for `nnx.view`.
 
         Args:
@@ -46,7 +47,7 @@ class BatchNormLayer(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
-    def set_mode(self, use_running_average: bool | None = None, **others: Any) -> dict[str, Any]:
+    def set_mode(self, use_running_average: Flag | None = None, **others: Any) -> dict[str, Any]:
         """Chooses the mode of a layer, for `nnx.set_mode`, which came before `nnx.view`.
 
         Args:
@@ -56,7 +57,7 @@ class BatchNormLayer(nnx.Module):
         self.set_view(use_running_average)
         return others
 
-    def _training(self, use_running_average: bool | jax.Array | None) -> Any:
+    def _training(self, use_running_average: Flag | None) -> Any:
         chosen = self.use_running_average if use_running_average is None else use_running_average
         if chosen is None:
             name = type(self).__name__
