@@ -1,4 +1,4 @@
-"""JAX as the tests use it: several CPU devices, strict promotion, and compilation that is fast.
+"""JAX as the tests use it: several CPU devices, no promotion of dtypes or ranks, fast compilation.
 
 What is compiled is kept in `.jax_cache`, so that equal programs are compiled once for all tests,
 workers and runs. XLA also leaves out most of its optimization. Two marks ask for more of it:
@@ -31,6 +31,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Tracing makes many objects that live long: looking through all of them took a tenth of the time.
 gc.freeze()

@@ -177,11 +177,7 @@ def _fold(
     if kernel_bias is None:
         kernel_bias = jnp.zeros(outputs, kernel.dtype)
     kernel_bias = checked_channels(kernel_bias, "kernel_bias", layer, before=False)
-    if not isinstance(var, jax.core.Tracer) and (negative := int((var < 0).sum())):
-        raise ValueError(
-            f"`var` must not be negative; got {negative} of {var.size} values that are. The "
-            "running variance of a batch norm never is: check where it was read from."
-        )
+    _check_variance(var)
     wide = statistics_dtype(kernel.dtype, kernel_bias.dtype, mean.dtype, var.dtype)
     zeros = jnp.zeros(mean.shape, wide)
     # The slope of batch norm is what it makes of 1 at mean 0.
@@ -199,3 +195,16 @@ def _fold(
     else:
         parts, offset = parts * jnp.expand_dims(slope, (*spatial, -2)), normalized(offset)
     return layer.joined(parts).astype(kernel.dtype), offset.astype(kernel_bias.dtype)
+
+
+def _check_variance(var: jax.Array) -> None:
+    """Refuses a negative variance that is known. One that is traced gives NaN."""
+    if isinstance(var, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():  # also for constants under `jax.jit`
+        negative = int((var < 0).sum())
+    if negative:
+        raise ValueError(
+            f"`var` must not be negative; got {negative} of {var.size} values that are. The "
+            "running variance of a batch norm never is: check where it was read from."
+        )

@@ -47,7 +47,7 @@ def _conv(x, kernel, options):
 
 def conv(x, kernel, bias, **options):
     y = np.asarray(_conv(x, kernel, tuple(options.items())))
-    return y if bias is None else y + np.reshape(bias, (-1,) + (1,) * (y.ndim - 2))
+    return y if bias is None else y + np.reshape(bias, (1, -1) + (1,) * (y.ndim - 2))
 
 
 def layouts():
@@ -125,7 +125,7 @@ def test_dense(layout, before):
         own, *norm = vectors(4 if before else 6, 6, variant)
         plain = (applied(x, *norm) if before else x) @ matrix + (0 if own is None else own)
         folded, bias = jaxbn.fold_into_dense(kernel, own, *norm, layout=layout, before=before)
-        y = x @ (folded if layout == "IO" else folded.T) + bias
+        y = x @ (folded if layout == "IO" else folded.T) + bias[None]
         assert error(y, plain if before else applied(plain, *norm)) <= 1e-12, variant
 
 
@@ -329,7 +329,7 @@ def test_tiny_variances(epsilon):
     folded, shift = jaxbn.fold_into_dense(kernel, None, mean, var, scale, bias, epsilon=epsilon)
     expected = normalized(x @ kernel, mean, var, scale, bias, 1, epsilon)
     for c in range(len(var)):  # each by itself: they are of very different sizes
-        assert error((x @ folded + shift)[:, c], expected[:, c]) <= 1e-12, c
+        assert error((x @ folded + shift[None])[:, c], expected[:, c]) <= 1e-12, c
 
 
 @pytest.mark.usefixtures("x64")
@@ -340,13 +340,13 @@ def test_transforms():
 
     def folded(kernel, own, *norm):
         kernel, bias = jaxbn.fold_into_conv(kernel, own, *norm)
-        y = _conv(x, kernel, options) + bias[:, None, None]
+        y = _conv(x, kernel, options) + bias[None, :, None, None]
         return (jnp.sin(y) * dy).sum()
 
     @jax.jit
     def unfolded(kernel, own, mean, var, scale, bias):
-        y = _conv(x, kernel, options) + own[:, None, None]
-        mean, k, bias = (v[:, None, None] for v in (mean, scale / jnp.sqrt(var + 1e-5), bias))
+        y = _conv(x, kernel, options) + own[None, :, None, None]
+        mean, k, bias = (v[None, :, None, None] for v in (mean, scale / jnp.sqrt(var + 1e-5), bias))
         return (jnp.sin((y - mean) * k + bias) * dy).sum()
 
     arguments = (kernel, own, *norm)
@@ -372,6 +372,13 @@ def test_a_traced_negative_variance_shows():
     )
     assert np.isnan(kernel).all()
     assert np.isnan(bias).all()
+
+
+def test_constants_inside_of_jit():
+    ones, negative = jnp.ones(3), -jnp.ones(3)
+    jax.jit(lambda x: jaxbn.fold_into_dense(x, None, ones, ones))(jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="`var` must not be negative; got 3 of 3 values"):
+        jax.jit(lambda x: jaxbn.fold_into_dense(x, None, ones, negative))(jnp.ones((2, 3)))
 
 
 def fold_conv(kernel=KERNEL, own=None, vector=V6, **options):

@@ -158,7 +158,7 @@ def test_whatever_the_batch_norm_has(missing):
     assert {*folded["params"]} == {0}
     layer = folded["params"][0]
     expected = applied(x @ kernel, mean, var, affine.get("scale"), affine.get("bias"))
-    assert_same(x @ layer["kernel"] + layer["bias"], expected)
+    assert_same(x @ layer["kernel"] + layer["bias"][None], expected)
 
 
 @pytest.mark.usefixtures("x64")
@@ -175,7 +175,7 @@ def test_batch_norms_on_both_sides_take_two_calls():
     folded = jaxbn.fold_variables(jaxbn.fold_variables(variables, [("a", "b")]), [("b", "c")])
     layer = folded["params"]["b"]
     expected = applied(applied(x, *first) @ kernel, *second)
-    assert_same(x @ layer["kernel"] + layer["bias"], expected)
+    assert_same(x @ layer["kernel"] + layer["bias"][None], expected)
 
 
 class Branches(nn.Module):

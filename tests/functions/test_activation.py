@@ -112,7 +112,7 @@ def test_an_activation_may_have_parameters(mode):
 
     def loss(fused, slope):
         def prelu(z):
-            return jnp.where(z > 0, z, slope * z)
+            return jnp.where(z > 0, z, jnp.expand_dims(slope, (0, 1, 2)) * z)
 
         activation = prelu if fused else None
         y = in_mode(mode, x, scale, bias, activation=activation)
@@ -149,7 +149,7 @@ def test_a_function_sees_the_whole_output(name, options):
     def results(fused, x, scale, bias, weight):
         def loss(x, scale, bias, weight):
             def own(z):
-                y = WHOLE[name](z) * weight
+                y = WHOLE[name](z) * jnp.expand_dims(weight, range(z.ndim - 1))
                 return y if fused else jnp.where(options.get("mask", True), y, 0)
 
             fusion = {"activation": own} if fused else {}

@@ -99,7 +99,7 @@ def test_groups_go_with_residual_and_activation_and_named_devices():
             axis_name="a",
             virtual_batch_size=2,
             residual=residual,
-            activation=lambda z: jnp.maximum(z, scale),
+            activation=lambda z: jnp.maximum(z, scale[None]),
         )
 
     y, moments = jax.jit(jax.vmap(one, axis_name="a", out_axes=(0, None)))(x, np.cos(x))

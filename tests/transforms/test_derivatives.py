@@ -89,8 +89,9 @@ def test_second_order_in_float32(mode):
         return (jnp.sin(y) * y).sum()
 
     def loss_plainly(x, scale, bias):
-        y = (x - stats.mean) / jnp.sqrt(stats.var + 1e-5) * scale + bias
-        y = plain(x, scale, bias, 1) if mode == "train" else y
+        mean, var, scale, bias = (v[None] for v in (stats.mean, stats.var, scale, bias))
+        y = (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
+        y = plain(x, scale[0], bias[0], 1) if mode == "train" else y
         return (jnp.sin(y) * y).sum()
 
     actual = jax.jit(jax.hessian(loss, (0, 1, 2)))(x, scale, bias)
