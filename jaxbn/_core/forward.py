@@ -93,8 +93,11 @@ def normalize_by_statistics(
 
     # A negative variance shows, even where epsilon would make up for it.
     rstd = jax.lax.rsqrt(jnp.where(var < 0, jnp.nan, var) + form.epsilon)
-    y: jax.Array = jax.checkpoint(output, prevent_cse=False)(operands, mean, rstd)
-    return y
+    # Otherwise `x − mean` is kept in place of `x`, which costs nothing, and more interpreters of
+    # jaxprs know what is left.
+    if form.activation is not None or operands.x.dtype != rstd.dtype:
+        output = jax.checkpoint(output, prevent_cse=False)
+    return output(operands, mean, rstd)
 
 
 def traced_once(function: Callable[..., Any], form: Form) -> Callable[..., Any]:

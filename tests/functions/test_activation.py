@@ -187,6 +187,16 @@ def test_the_backward_pass_keeps_nothing_wider_than_the_input(mode, with_residua
     assert large_arrays_kept(function, x, scale, bias, residual) == [x.nbytes] * (1 + with_residual)
 
 
+def test_inference_in_float32_keeps_one_array():
+    (x, scale, bias, _), _ = operands(np.float32)
+    x = jnp.asarray(x)
+
+    def function(x, scale, bias):
+        return in_mode("inference", x, scale, bias)
+
+    assert large_arrays_kept(function, x, scale, bias) == [x.nbytes]
+
+
 @pytest.mark.parametrize("name", ["relu", "leaky_relu"])
 def test_with_a_residual_the_output_is_kept_rather_than_the_residual(name):
     (x, scale, bias, residual), _ = operands(np.float32)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers.compare import assert_close
 from helpers.numpy_reference import error, problem, sample, tolerance, train
+from jax.experimental import jet
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
@@ -221,3 +222,20 @@ def test_huge_and_symbolic_shapes():
         shape = jax.ShapeDtypeStruct((batch, 4, 3), jnp.float32)
         y, _ = jax.export.export(function)(shape).call(x)
         np.testing.assert_allclose(y, function(x)[0], atol=1e-6)
+
+
+def test_inference_has_taylor_coefficients():
+    """`jet` knows neither `jax.checkpoint` nor functions with a derivative rule of their own."""
+    x, scale, bias, _ = problem((6, 4), -1, dtype=np.float32)
+    mean, var = bias + 2, np.abs(scale) + 1
+    series = [np.cos(x), np.sin(x), np.ones_like(x)]
+
+    def normalized(x):
+        return jax.nn.silu(jaxbn.normalize(x, mean, var, scale, bias))
+
+    def plain(x):
+        factor = scale / np.sqrt(var + 1e-5)
+        return jax.nn.silu((x - mean[None]) * factor[None] + bias[None])
+
+    actual, expected = (jet.jet(f, (x,), (series,)) for f in (normalized, plain))
+    assert_close(actual, expected, 1e-5)
