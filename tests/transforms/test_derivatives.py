@@ -1,5 +1,8 @@
 """The derivative rule against plain autodiff, and what the conformance table has no cell for."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -222,6 +225,42 @@ def test_huge_and_symbolic_shapes():
         shape = jax.ShapeDtypeStruct((batch, 4, 3), jnp.float32)
         y, _ = jax.export.export(function)(shape).call(x)
         np.testing.assert_allclose(y, function(x)[0], atol=1e-6)
+
+
+@pytest.mark.optimized
+def test_a_scan_differentiates_what_was_rounded():
+    """XLA may drop the rounding of `x` in the forward pass of a scan, which the other reads."""
+    inputs = jnp.asarray(sample((256, 16), 0, 30.0, 1.0), jnp.bfloat16)
+    target = sample((256, 16), 1, 0.3, 1.0, np.float32)
+    weight = sample((1, 16, 16), 2, 0.0, 0.25, np.float32)
+
+    def layer(norm, x, weight):
+        y = norm(x @ weight.astype(x.dtype))
+        return y, None
+
+    def loss(weight, norm, scanned):
+        x = jnp.asarray(inputs, jnp.float32 if norm is from_definition else jnp.bfloat16)
+        body = functools.partial(layer, norm)
+        y = jax.lax.scan(body, x, weight)[0] if scanned else body(x, weight[0])[0]
+        return jnp.square(y.astype(jnp.float32) - target).mean()
+
+    def from_definition(x):
+        return plain(x, jnp.ones(16), jnp.zeros(16), -1)
+
+    def by_jaxbn(x):
+        return jaxbn.batch_normalize(x)[0]
+
+    def by_flax(x):
+        layer = nn.BatchNorm(False, dtype=x.dtype)
+        with jax.numpy_dtype_promotion("standard"):
+            variables = layer.init(jax.random.key(0), x)
+            return layer.apply(variables, x, mutable=["batch_stats"])[0]
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=(1, 2))
+    scanned, alone = (gradient(weight, by_jaxbn, s) for s in (True, False))
+    assert error(scanned, alone) <= 1e-3
+    expected = gradient(weight, from_definition, False)
+    assert error(scanned, expected) <= error(gradient(weight, by_flax, True), expected)
 
 
 def test_inference_has_taylor_coefficients():
