@@ -19,7 +19,7 @@ from jaxbn.torch._matching import (
     ways,
 )
 from jaxbn.torch._slots import ENTRIES, Shape, leaves, named_layers, slots_of_variables
-from jaxbn.torch._tensors import opened, unwrapped
+from jaxbn.torch._tensors import onnx_hint, opened, unwrapped
 
 
 class Names(dict[str, str]):
@@ -119,7 +119,7 @@ def match_names(
     if not len(named) == len(rest[0]) == len(rest[1]):  # otherwise shapes are judged later
         named = trusted(named, *rest)
     named |= known
-    names = _only_way(*anchored(named, torch, flax), _alphabetical(entries))
+    names = _only_way(*anchored(named, torch, flax), entries)
     return Names({layer.name: names[layer.name] for layer in torch}, names.keys() - named.keys())
 
 
@@ -191,50 +191,52 @@ def _alphabetical(entries: Mapping[str, Any]) -> bool:
     return all(some == sorted(some) for some in keys.values())
 
 
-def _only_way(torch: Layers, flax: Layers, alphabetical: bool) -> dict[str, str]:
+def _only_way(torch: Layers, flax: Layers, entries: Mapping[str, Any]) -> dict[str, str]:
     """The only way to match the layers; otherwise an error that shows both sides."""
     theirs, ours = kinds(torch), kinds(flax)
     if theirs != ours:
-        others = (theirs - ours) | (ours - theirs)
-        raise ValueError(
+        title = (
             "The torch model and the Flax model must have the same layers. They differ in these, "
-            "shapes in torch's layout:" + _table(torch, flax, others)
+            "shapes in torch's layout:"
         )
+        lines = _both_sides(torch, flax, (theirs - ours) | (ours - theirs))
+        raise ValueError("\n\t".join([title, *lines, *onnx_hint(entries)]))
+    alphabetical = _alphabetical(entries)
     found: list[dict[str, str]] = []
     for order in orders(torch) if alphabetical else [torch]:
         found += [way for way in ways(order, flax) if way not in found]
     if len(found) == 1:
         return found[0]
-    hint = "Pass those that you know as `known`, or name the Flax modules as in torch."
-    if alphabetical:
-        hint += " The keys are in alphabetical order; that of model.state_dict() tells more."
-    if not found:
-        raise ValueError(
-            "The torch model and the Flax model have the same layers, but nested or ordered in "
-            f"other ways. {hint}" + _table(torch, flax, ours)
-        )
-    one, other, *_ = found
-    raise ValueError(
-        f"The layers match in more than one way, in these two among others. {hint}"
-        + "".join(
-            f"\n\t{layer.name}, {_text(layer.kind)}: {one[layer.name]} or {other[layer.name]}"
+    if found:
+        title = "The layers match in more than one way, in these two among others."
+        lines = [
+            f"{layer.name}, {_text(layer.kind)}: {found[0][layer.name]} or {found[1][layer.name]}"
             for layer in torch
-            if one[layer.name] != other[layer.name]
+            if found[0][layer.name] != found[1][layer.name]
+        ]
+    else:
+        title = (
+            "The torch model and the Flax model have the same layers, but nested or ordered in "
+            "other ways."
         )
-    )
+        lines = _both_sides(torch, flax, ours)
+    title += " Pass those that you know as `known`, or name the Flax modules as in torch."
+    if alphabetical:
+        title += " The keys are in alphabetical order; that of model.state_dict() tells more."
+    raise ValueError("\n\t".join([title, *lines]))
 
 
-def _table(torch: Layers, flax: Layers, shown: Container[Kind]) -> str:
-    """A line for each kind, with the names on both sides."""
+def _both_sides(torch: Layers, flax: Layers, shown: Container[Kind]) -> list[str]:
+    """A line for each kind, with its layers on both sides."""
 
     def names(side: Layers, kind: Kind) -> str:
         return ", ".join(layer.name or "(itself)" for layer in side if layer.kind == kind) or "none"
 
-    return "".join(
-        f"\n\t{_text(kind)}: torch {names(torch, kind)}; Flax {names(flax, kind)}"
+    return [
+        f"{_text(kind)}: torch {names(torch, kind)}; Flax {names(flax, kind)}"
         for kind in dict.fromkeys(layer.kind for layer in (*torch, *flax))
         if kind in shown
-    )
+    ]
 
 
 def _text(kind: Kind) -> str:

@@ -21,6 +21,7 @@ from jaxbn.torch._tensors import (
     check_statistics,
     kernel_to_flax,
     kernel_to_torch,
+    onnx_hint,
     opened,
     unwrapped,
 )
@@ -213,7 +214,8 @@ def _check_entries(model: str, entries: Tree, slots: dict[str, Slot], uncovered:
                 f"model is torch.Size({list(slot.shape)})."
             )
     if problems:
-        raise ValueError("\n\t".join([f"Error(s) in loading state_dict for {model}:", *problems]))
+        title = f"Error(s) in loading state_dict for {model}:"
+        raise ValueError("\n\t".join([title, *problems, *onnx_hint(entries)]))
 
 
 def _converted(

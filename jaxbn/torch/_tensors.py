@@ -53,6 +53,16 @@ def unwrapped(tensors: dict[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
     return tensors
 
 
+def onnx_hint(keys: Iterable[str]) -> list[str]:
+    """A line for an error where keys are names that ONNX gives: onnx::Conv_123, /conv1/Conv."""
+    return [
+        f'"{key}" is a name from an ONNX file, whose nodes tell what belongs to which layer: read '
+        "it as docs/onnx.md shows."
+        for key in keys
+        if key.startswith(("onnx::", "/"))
+    ][:1]
+
+
 def as_array(value: Any, key: str) -> Array:
     """A NumPy, JAX or torch array as a NumPy array, which may share its memory."""
     if hasattr(value, "detach"):

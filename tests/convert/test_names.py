@@ -329,6 +329,15 @@ def test_refused(case):
         match_names(state_dict, variables)
 
 
+def test_initializers_of_onnx():
+    state_dict, variables = both_sides([("fc", "fc", D)])
+    with pytest.raises(ValueError, match=r'Flax conv\n\t"onnx::Conv_1" is a name from'):
+        match_names(
+            state_dict | {"onnx::Conv_1": zeros(4, 4, 3, 3)},
+            {"params": variables["params"] | {"conv": {"kernel": zeros(3, 3, 4, 4)}}},
+        )
+
+
 @pytest.mark.parametrize(
     ("known", "strange"),
     [({"c": "x"}, "'c'"), ({"a": "z"}, "'z'"), ({"a": "x", "b": "x"}, "'x', 'x'")],

@@ -553,6 +553,13 @@ CASES = {
         ValueError,
         'it lacks "params/kernel".',
     ),
+    "initializers of ONNX": (
+        lambda: from_state_dict({"/a/Constant": V3, "onnx::Conv_1": V3}, names={"a": "a"}),
+        ValueError,
+        'Unexpected key(s) in state_dict: "/a/Constant", "onnx::Conv_1". \n\t"/a/Constant" is a '
+        "name from an ONNX file, whose nodes tell what belongs to which layer: read it as "
+        "docs/onnx.md shows.",
+    ),
     "a convolution of one element for a dense layer": (
         lambda: from_state_dict(
             {"weight": np.ones((4, 3, 1, 1))}, variables={"params": {"kernel": np.ones((3, 4))}}
