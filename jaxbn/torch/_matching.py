@@ -34,10 +34,9 @@ def kinds(layers: Layers) -> Counter[Kind]:
     return Counter(layer.kind for layer in layers)
 
 
-def agreeing(torch: Layers, flax: Layers, depth: int = 0) -> dict[str, str]:
-    """The pairs whose names agree; of Flax's names, what follows from a depth on."""
-    theirs = _by_tokens({layer.name: ".".join(layer.parts) for layer in torch})
-    ours = _by_tokens({layer.name: ".".join(layer.parts[depth:]) for layer in flax})
+def agreeing(torch: Layers, flax: Layers, depth: int = 0) -> dict[Path, Path]:
+    """The modules, layers or not, whose names agree; of Flax's names, what a depth leaves."""
+    theirs, ours = _by_tokens(torch, 0), _by_tokens(flax, depth)
     numbers = [_numbers(side) for side in (theirs, ours)]
 
     def numbered_alike(tokens: Path) -> bool:
@@ -48,11 +47,19 @@ def agreeing(torch: Layers, flax: Layers, depth: int = 0) -> dict[str, str]:
     return {theirs[tokens]: ours[tokens] for tokens in common}
 
 
-def _by_tokens(names: Mapping[str, str]) -> dict[Path, str]:
-    """The words and numbers of each name, without those that all begin with."""
-    tokens = {name: _tokens(text) for name, text in names.items()}
-    start, counts = _shared(*tokens.values()), Counter(tokens.values())
-    return {words[start:]: name for name, words in tokens.items() if counts[words] == 1}
+def _by_tokens(layers: Layers, depth: int) -> dict[Path, Path]:
+    """The modules by the words and numbers of their names, without those that all begin with."""
+    start = _shared(*(_tokens(layer.parts[depth:]) for layer in layers))
+    modules = dict.fromkeys(
+        layer.parts[:stop] for layer in layers for stop in range(depth + 1, len(layer.parts) + 1)
+    )
+    tokens = {module: _tokens(module[depth:]) for module in modules}
+    counts = Counter(tokens.values())
+    return {
+        words[start:]: module
+        for module, words in tokens.items()
+        if len(words) > start and counts[words] == 1
+    }
 
 
 def _shared(*names: Path) -> int:
@@ -61,9 +68,9 @@ def _shared(*names: Path) -> int:
     return next((i for i in range(shortest) if len({name[i] for name in names}) > 1), shortest)
 
 
-def _tokens(name: str) -> Path:
-    """`layer1.0` as (layer, 1, 0), and so what a Sequential makes of it, `layer1.layers_0`."""
-    tokens = re.findall(r"[^\W\d_]+|\d+", name)
+def _tokens(parts: Path) -> Path:
+    """`layer1.0` as (layer, 1, 0), and so what a Sequential makes of it, `layer1/layers_0`."""
+    tokens = re.findall(r"[^\W\d_]+|\d+", "/".join(parts))
     following = pairwise([*tokens, ""])
     return tuple(token for token, after in following if token != "layers" or not after.isdigit())
 
@@ -78,18 +85,31 @@ def _numbers(names: Iterable[Path]) -> defaultdict[Path, set[str]]:
     return numbers
 
 
-def trusted(pairs: dict[str, str], torch: Layers, flax: Layers) -> dict[str, str]:
-    """The pairs if all have equal shapes, or else none: then the names mean something else."""
-    theirs, ours = ({layer.name: layer.kind for layer in side} for side in (torch, flax))
-    return pairs if all(theirs[name] == ours[path] for name, path in pairs.items()) else {}
-
-
 def anchored(pairs: Mapping[str, str], torch: Layers, flax: Layers) -> tuple[Layers, Layers]:
     """The layers, of which those of a pair have a kind to themselves."""
     own = {pairs[t.name]: (*t.kind, (pairs[t.name], ())) for t in torch if t.name in pairs}
     return (
         tuple(t._replace(kind=own[pairs[t.name]]) if t.name in pairs else t for t in torch),
         tuple(layer._replace(kind=own.get(layer.name, layer.kind)) for layer in flax),
+    )
+
+
+def _inside(layer: Layer, module: Path) -> bool:
+    return layer.parts[: len(module)] == module
+
+
+def _kinds_inside(layers: Layers, module: Path) -> Counter[Kind]:
+    return kinds(tuple(layer for layer in layers if _inside(layer, module)))
+
+
+def _marked(layers: Layers, modules: Mapping[Path, Path]) -> Layers:
+    """The layers, whose kinds tell in which of these modules they are."""
+    marks = {module: ("/".join(mark), ()) for module, mark in modules.items()}
+    return tuple(
+        layer._replace(
+            kind=(*layer.kind, *(mark for module, mark in marks.items() if _inside(layer, module)))
+        )
+        for layer in layers
     )
 
 
@@ -101,15 +121,18 @@ def ways(torch: Layers, flax: Layers, depth: int = 0) -> list[dict[str, str]]:
     """
     if kinds(torch) != kinds(flax):
         return []
-    torch, flax = anchored(trusted(agreeing(torch, flax, depth), torch, flax), torch, flax)
+    pairs = agreeing(torch, flax, depth)
+    if any(_kinds_inside(torch, t) != _kinds_inside(flax, f) for t, f in pairs.items()):
+        pairs = {}  # the names mean something else
+    torch, flax = _marked(torch, pairs), _marked(flax, {f: f for f in pairs.values()})
     if len(kinds(torch)) == len(torch):
         path = {layer.kind: layer.name for layer in flax}
         return [{layer.name: path[layer.kind] for layer in torch}]
-    children = _children(flax, depth)
+    children, named = _children(flax, depth), {*pairs.values()}
     for ordered in (True, False):
         for some in (_paired(children), children):
-            found = [*islice(_fillings(torch, 0, _families(some, ordered), set()), 2)]
-            if found:
+            families = _families(some, ordered, named)
+            if found := [*islice(_fillings(torch, 0, families, set()), 2)]:
                 return found
     return []
 
@@ -156,11 +179,12 @@ def _paired(children: list[_Child]) -> list[_Child]:
     return result
 
 
-def _families(children: list[_Child], ordered: bool) -> tuple[_Family, ...]:
-    """Children in the order of their numbers; those without, by their shapes."""
+def _families(children: list[_Child], ordered: bool, named: set[Path]) -> tuple[_Family, ...]:
+    """Children in the order of their numbers; those without, or with torch's names, by shapes."""
     stems, shapes = defaultdict(list), defaultdict(list)
     for child in children:
-        stems[_stem(child.name)].append(child)
+        modules = {layer.parts[: child.depth] for layer in child.layers}
+        stems[child.name if modules <= named else _stem(child.name)].append(child)
     numbered = [
         sorted(some, key=lambda child: _order(child.name))
         for some in stems.values()

@@ -7,17 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn.torch._matching import (
-    Kind,
-    Layer,
-    Layers,
-    agreeing,
-    anchored,
-    kinds,
-    orders,
-    trusted,
-    ways,
-)
+from jaxbn.torch._matching import Kind, Layer, Layers, agreeing, anchored, kinds, orders, ways
 from jaxbn.torch._slots import ENTRIES, Shape, leaves, named_layers, slots_of_variables
 from jaxbn.torch._tensors import onnx_hint, opened, unwrapped
 
@@ -27,10 +17,10 @@ class Names(dict[str, str]):
 
     guessed: dict[str, str]
 
-    def __init__(self, names: Mapping[str, str], guessed: Collection[str]) -> None:
-        """`guessed` lists keys of `names`."""
+    def __init__(self, names: Mapping[str, str], guessed: Collection[tuple[str, str]]) -> None:
+        """`guessed` are items of `names`."""
         super().__init__(names)
-        self.guessed = {name: path for name, path in names.items() if name in guessed}
+        self.guessed = {name: path for name, path in names.items() if (name, path) in guessed}
 
 
 def match_names(
@@ -43,22 +33,23 @@ def match_names(
     """The `names` for `from_state_dict`: the path of the Flax module of each torch module.
 
     Names come first. They agree where their words and numbers do: `layer1.0.bn1` is
-    `layer1_0/bn1`, `layer1/0/bn1` (a list of NNX) or `layer1/layers_0/bn1` (`nn.Sequential`), and
-    what all names of one side begin with (`model.`) does not count. A number agrees only where
-    both sides have the same numbers in its place: 0, 2, 4 are not those of 0, 1, 2.
+    `layer1_0/bn1`, `layer1/0/bn1` (a list of NNX) or `layer1/layers_0/bn1` (`nn.Sequential`). What
+    all names of one side begin with (`model.`) does not count. A number agrees only where both
+    sides have the same numbers in its place: those of 0, 2, 4 are not those of 0, 1, 2.
 
-    All other pairs are guesses, listed in `guessed`. They have equal shapes, and assume that
+    All other pairs are guesses, listed in `guessed`. Their shapes are equal. A guess assumes that
 
-    - each Flax module with modules in it corresponds to neighbours among the torch modules, and no
-      torch module with modules in it lies across its border;
-    - Flax modules of one name and several numbers (`Conv_0`, `Conv_1`) are called in the order in
-      which torch registers theirs. Where the shapes of the two orders contradict each other (a
-      shortcut that is called first), shapes alone decide;
+    - modules with layers in them correspond where their names agree, whatever is inside;
+    - the layers of a Flax module are neighbours in torch, and no torch module has a part of them
+      beside other layers;
+    - Flax calls modules that differ in a number (`Conv_0`, `Conv_1`) in the order in which torch
+      registers theirs. Where the shapes contradict that (a shortcut that is called first), shapes
+      alone decide;
     - a convolution and a batch norm whose names differ in nothing else (`Conv_1` and
       `BatchNorm_1`, `conv_proj` and `norm_proj`) are neighbours.
 
     Where more than one way fits, there is no guess but an error. The order of keys in `variables`
-    plays no part. The order of keys in `state_dict` is that of torch's modules, unless it is
+    plays no part. That of keys in `state_dict` is the order of torch's modules, unless it is
     alphabetical, as in `.safetensors` files; then only numbers tell an order.
 
     Args:
@@ -69,13 +60,12 @@ def match_names(
         they are.
 
     Returns:
-      A dict with the names of all torch modules that have entries of a layer, in their order;
-      its attribute `guessed` is the dict of those that were not found by name. Whether
-      a convolution is `transposed` is not among the results.
+      A dict of all layers, in torch's order. Its attribute `guessed` is the dict of those that were
+      not found by name. Which convolutions are `transposed` it does not tell.
 
     Raises:
       TypeError: `state_dict` is neither mapping nor path.
-      ValueError: the modules of the two sides have other shapes, or more than one way to match
+      ValueError: the layers of the two sides differ in shape or number, more than one way to match
         them fits, or none; the message lists both sides. `known` has a name or a path that is not
         there.
 
@@ -110,17 +100,20 @@ def match_names(
     torch, flax = _layers(_shapes_of_entries(entries), _shapes_of_variables(variables))
     known = known or {}
     _check_known(known, torch, flax)
-    paths = set(known.values())
+    taken = set(known.values())
     rest = (
         tuple(layer for layer in torch if layer.name not in known),
-        tuple(layer for layer in flax if layer.name not in paths),
+        tuple(layer for layer in flax if layer.name not in taken),
     )
-    named = agreeing(*rest)
-    if not len(named) == len(rest[0]) == len(rest[1]):  # otherwise shapes are judged later
-        named = trusted(named, *rest)
-    named |= known
-    names = _only_way(*anchored(named, torch, flax), entries)
-    return Names({layer.name: names[layer.name] for layer in torch}, names.keys() - named.keys())
+    paths = {layer.parts: layer.name for layer in rest[1]}
+    agreed = agreeing(*rest)
+    by_name = {t.name: paths[agreed[t.parts]] for t in rest[0] if agreed.get(t.parts) in paths}
+    given = {**known}
+    if len(by_name) == len(rest[0]) == len(rest[1]):  # their shapes are judged by the import
+        given |= by_name
+    names = _only_way(*anchored(given, torch, flax), entries)
+    ordered = {layer.name: names[layer.name] for layer in torch}
+    return Names(ordered, ordered.items() - {**by_name, **known}.items())
 
 
 def _shapes_of_entries(entries: Mapping[str, Any]) -> dict[str, dict[str, Shape]]:
@@ -196,8 +189,8 @@ def _only_way(torch: Layers, flax: Layers, entries: Mapping[str, Any]) -> dict[s
     theirs, ours = kinds(torch), kinds(flax)
     if theirs != ours:
         title = (
-            "The torch model and the Flax model must have the same layers. They differ in these, "
-            "shapes in torch's layout:"
+            "The torch model and the Flax model must have the same layers; leave out what takes no "
+            "part. They differ in these, shapes in torch's layout:"
         )
         lines = _both_sides(torch, flax, (theirs - ours) | (ours - theirs))
         raise ValueError("\n\t".join([title, *lines, *onnx_hint(entries)]))

@@ -174,6 +174,19 @@ FOUND = {
         ],
         None,
     ),
+    "modules of torch's names with others in them, registered backwards": (
+        [
+            (f"{name}.{torch}", f"{name}/{flax}", entries)
+            for name in ("decoder", "dec3", "dec2", "dec1", "encoder")
+            for torch, flax, entries in (
+                ("0", "Conv_0", C),
+                ("1", "BatchNorm_0", B),
+                ("3", "Conv_1", C),
+                ("4", "BatchNorm_1", B),
+            )
+        ],
+        None,
+    ),
     "layers of one kind with and without a bias": (
         [("x", "Dense_0", dense(4, 4)), ("y", "Dense_1", {"weight": zeros(4, 4)})],
         None,
@@ -285,8 +298,8 @@ REFUSED = {
     "another number, another shape": (
         [("a", "Conv_0", C), ("b", "Conv_1", C), ("fc", "head", D)],
         [("a", "Conv_0", C), ("fc", "head", dense(4, 5))],
-        "The torch model and the Flax model must have the same layers. They differ in these, "
-        "shapes in torch's layout:"
+        "The torch model and the Flax model must have the same layers; leave out what takes no "
+        "part. They differ in these, shapes in torch's layout:"
         "\n\tweight [4, 4, 3, 3]: torch a, b; Flax Conv_0"
         "\n\tweight [4, 4], bias [4]: torch fc; Flax none"
         "\n\tweight [5, 4], bias [5]: torch none; Flax head",
