@@ -1,6 +1,7 @@
 """The `names` of a model, found by comparing both sides."""
 
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Container, Mapping
 from typing import Any
@@ -128,8 +129,9 @@ def _shapes_of_entries(entries: Mapping[str, Any]) -> dict[str, dict[str, Shape]
 def _shapes_of_variables(variables: Mapping[str, Any]) -> dict[str, dict[str, Shape]]:
     slots_of_variables([], variables)  # raises for what are no variables
     trees = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
-    paths = {"/".join(path[1:-1]): "/".join(path[1:-1]) for path, _ in leaves(trees)}
-    slots, _ = slots_of_variables(named_layers("", paths, ()), variables)
+    paths = dict.fromkeys("/".join(map(str, path[1:-1])) for path, _ in leaves(trees))
+    transposed = [path for path in paths if re.search(r"(^|/)ConvTranspose_\d+$", path)]
+    slots, _ = slots_of_variables(named_layers("", {p: p for p in paths}, transposed), variables)
     shapes: dict[str, dict[str, Shape]] = {}
     for key, slot in slots.items():
         path, _, entry = key.rpartition(".")
@@ -140,8 +142,8 @@ def _shapes_of_variables(variables: Mapping[str, Any]) -> dict[str, dict[str, Sh
 def _layers(*sides: Mapping[str, Mapping[str, Shape]]) -> tuple[Layers, Layers]:
     """The layers of torch and of Flax.
 
-    Nothing tells which convolutions are transposed. Where the sides differ in how many they have of
-    a shape, the order of the two channel axes is left out of the kind.
+    Only names such as ConvTranspose_0 tell which convolutions are transposed. Where the sides
+    differ in how many they have of a shape, the order of the two channel axes is left out.
     """
     exact = [
         {

@@ -31,12 +31,26 @@ def norm(size):
     return {entry: zeros(size) for entry in entries} | {"num_batches_tracked": np.array(0)}
 
 
+STATISTICS = {"running_mean": "mean", "running_var": "var", "num_batches_tracked": "count"}
+
+
 def both_sides(layers, transposed=()):
     """The `state_dict` and the variables of layers `(torch name, Flax path, entries)`."""
-    state_dict = {f"{name}.{e}": v for name, _, entries in layers for e, v in entries.items()}
-    names = {name: path for name, path, _ in layers}
-    params, stats = from_state_dict(state_dict, names=names, transposed=transposed)
-    return state_dict, {"params": params, "batch_stats": stats}
+    state_dict, variables = {}, {"params": {}, "batch_stats": {}}
+    for name, path, entries in layers:
+        for entry, value in entries.items():
+            state_dict[f"{name}.{entry}"] = value
+            variable = STATISTICS.get(entry, entry)
+            if entry == "weight":
+                variable = "scale" if value.ndim == 1 else "kernel"
+            if variable == "kernel":
+                channels = (0, 1) if name in transposed else (1, 0)
+                value = value.transpose(*range(2, value.ndim), *channels)
+            tree = variables["batch_stats" if entry in STATISTICS else "params"]
+            for module in path.split("/"):
+                tree = tree.setdefault(module, {})
+            tree[variable] = value
+    return state_dict, variables
 
 
 def reordered(tree, order):
@@ -213,6 +227,8 @@ def test_transposed_convolutions_need_not_be_told():
     layers = [("x", "Conv_0", conv(4, 8)), ("up", "ConvTranspose_0", up)]
     layers += [("y", "Conv_1", C), ("other", "ConvTranspose_1", square), ("z", "Conv_2", C)]
     check(layers, transposed=["up", "other"])
+    named = [(name, path.replace("ConvTranspose", "Up"), entries) for name, path, entries in layers]
+    check(named, transposed=["up", "other"])
 
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module.", "model.", "module.model."])
@@ -410,8 +426,8 @@ def import_into(model, state_dict, **options):
     names = match_names(state_dict, variables)
     params, stats = from_state_dict(state_dict, names=names, variables=variables, **options)
     if isinstance(model, nnx.Module):
-        trees = (jax.tree.map(jnp.asarray, tree) for tree in (params, stats))
-        nnx.update(model, *map(nnx.restore_int_paths, trees))
+        for tree in (params, stats):
+            nnx.update(model, nnx.restore_int_paths(jax.tree.map(jnp.asarray, tree)))
         return names, nnx.jit(lambda model, x: model(x))(model, IMAGES)
     return names, jax.jit(model.apply)({"params": params, "batch_stats": stats}, IMAGES)
 
