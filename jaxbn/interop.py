@@ -1,7 +1,8 @@
 """Running statistics of Haiku, Equinox and Keras as `BatchStats`, and back.
 
 Arrays, tuples and dicts go in and out, outside of `jit`, and none of the libraries is imported.
-Evaluation with the converted values gives the same output.
+Evaluation with the converted values gives the same output. Statistics in half precision become
+float32, exactly, as training keeps them.
 
 Bessel's correction and momentum are properties of updates, not of values. With m for the weight of
 the **old** statistics, `momentum` or `decay_rate` there, `jaxbn.batch_norm` continues each by
@@ -238,7 +239,13 @@ def _names(state: Mapping[str, Any], module: str) -> tuple[str, str]:
 
 
 def _stats(averages: Sequence[ArrayLike], count: ArrayLike) -> BatchStats:
-    return BatchStats.from_mapping({"mean": averages[0], "var": averages[1], "count": count})
+    mean, var = (
+        jnp.asarray(vector, jnp.float32)
+        if str(getattr(vector, "dtype", None)) in ("bfloat16", "float16")
+        else vector
+        for vector in averages
+    )
+    return BatchStats.from_mapping({"mean": mean, "var": var, "count": count})
 
 
 def _uncounted(stats: BatchStats, library: str) -> BatchStats:

@@ -8,9 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from jaxbn.torch._causes import check_not_nested, check_supported, onnx_hint
 from jaxbn.torch._matching import Kind, Layer, Layers, agreeing, anchored, kinds, orders, ways
-from jaxbn.torch._slots import ENTRIES, Shape, leaves, named_layers, slots_of_variables
-from jaxbn.torch._tensors import onnx_hint, opened, unwrapped
+from jaxbn.torch._slots import (
+    ENTRIES,
+    Shape,
+    checked_collections,
+    joined,
+    leaves,
+    named_layers,
+    slots_of_variables,
+)
+from jaxbn.torch._tensors import opened, unwrapped
 
 
 class Names(dict[str, str]):
@@ -93,11 +102,10 @@ def match_names(
     References:
       `torch.nn.Module.state_dict`, `flax.linen.compact`.
     """
-    entries = {
-        key.removeprefix(prefix): value
-        for key, value in unwrapped(opened(state_dict), [prefix]).items()
-        if key.startswith(prefix)
-    }
+    tensors = unwrapped(opened(state_dict), [prefix])
+    check_not_nested(tensors)
+    entries = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    check_supported(entries)
     torch, flax = _layers(_shapes_of_entries(entries), _shapes_of_variables(variables))
     known = known or {}
     _check_known(known, torch, flax)
@@ -127,9 +135,8 @@ def _shapes_of_entries(entries: Mapping[str, Any]) -> dict[str, dict[str, Shape]
 
 
 def _shapes_of_variables(variables: Mapping[str, Any]) -> dict[str, dict[str, Shape]]:
-    slots_of_variables([], variables)  # raises for what are no variables
-    trees = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
-    paths = dict.fromkeys("/".join(map(str, path[1:-1])) for path, _ in leaves(trees))
+    leaf_paths = (path for path, _ in leaves(checked_collections(variables)))
+    paths = dict.fromkeys(joined(path[1:-1]) for path in leaf_paths)
     transposed = [path for path in paths if re.search(r"(^|/)ConvTranspose_\d+$", path)]
     slots, _ = slots_of_variables(named_layers("", {p: p for p in paths}, transposed), variables)
     shapes: dict[str, dict[str, Shape]] = {}

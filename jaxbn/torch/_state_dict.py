@@ -1,11 +1,15 @@
-"""PyTorch's `state_dict`s as Flax variables, and back, bit for bit. torch is never imported."""
+"""PyTorch's `state_dict`s as Flax variables, and back. torch is never imported."""
 
 import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
+from jaxbn._checks import FLOAT_DTYPES
+from jaxbn._checks import statistics_dtype as dtype_of_statistics
+from jaxbn.torch._causes import check_not_nested, check_supported, hints
 from jaxbn.torch._slots import (
     ENTRIES,
     NamedLayer,
@@ -19,10 +23,9 @@ from jaxbn.torch._tensors import (
     Array,
     as_array,
     check_statistics,
-    kernel_to_flax,
-    kernel_to_torch,
-    onnx_hint,
     opened,
+    to_flax,
+    to_torch,
     unwrapped,
 )
 
@@ -44,39 +47,50 @@ def from_state_dict(
         dense          kernel[i, o] = weight[o, i]
         convolution    kernel[h, w, i, o] = weight[o, i, h, w], and so for 1 and 3 spatial axes
         transposed     kernel[h, w, i, o] = weight[i, o, H − 1 − h, W − 1 − w]
+        embedding      embedding[n, f] = weight[n, f]
+        PReLU          negative_slope = weight[0]
 
     Without `names` the dict, or what it has under `prefix`, is that of one layer, and the results
     are the collections of a `jaxbn.linen.BatchNorm2d`. With `names` it is that of a model.
 
-    Values keep their dtype and every bit, float64 and bfloat16 included; only `count` turns from
-    int64 into int32. What the dict lacks (`affine=False`, `bias=False`,
-    `track_running_stats=False`) the results lack. What wrappers put before every key, `module.`
-    (`DataParallel`, `DistributedDataParallel`) and `_orig_mod.` (`torch.compile`), is taken off,
-    unless `prefix` or a name begins with it.
+    Values keep their dtype and every bit, float64 and bfloat16 included, but for those of batch
+    norm that training changes: a mean or a variance in half precision becomes float32, exactly, and
+    `count` turns from int64 into int32. What the dict lacks (`affine=False`, `bias=False`,
+    `track_running_stats=False`) the results lack.
+
+    What wrappers put into keys is taken off, unless `prefix` or a name has it: `module.` before
+    every key (`DataParallel`, `DistributedDataParallel`, `AveragedModel`, whose `n_averaged` is
+    left out), and anywhere `_orig_mod.` (`torch.compile`) and `_fsdp_wrapped_module.`.
 
     Args:
       state_dict: a mapping of torch tensors, NumPy or JAX arrays, or the path of a `.safetensors`
         file, for which the package safetensors must be installed.
       prefix: what the keys begin with, `"backbone.bn1."`; others are not looked at.
       names: the torch module names, after the prefix, of all layers with entries in the dict, and
-        the paths of the Flax modules: `{"layer1.0.bn1": "layer1_0/bn1"}`. Layers are those that
-        normalize (a weight of 1 dimension or none), dense ones (2) and convolutions (3 to 5).
-      variables: what the Flax model's `init` returns, or `jax.eval_shape` of it. Then the dict must
-        have every variable of the model in `params` and `batch_stats`, in its shape; `count` is
-        left out where the model has none, and 0 where the dict has none (`FrozenBatchNorm2d`,
-        files older than torch 0.4.1). Without it the dict is judged by itself.
+        the paths of the Flax modules: `{"layer1.0.bn1": "layer1_0/bn1"}`.
+      variables: what the Flax model's `init` returns, or `jax.eval_shape` of it; of an NNX model
+        `{"params": nnx.state(model, nnx.Param), "batch_stats": nnx.state(model, nnx.BatchStat)}`.
+        Then the dict must have every variable of the model in `params` and `batch_stats`, in its
+        shape; `count` is left out where the model has none, and 0 where the dict has none
+        (`FrozenBatchNorm2d`, files older than torch 0.4.1). Without `variables` the dict is judged
+        by itself. A weight that may be of layers of two kinds is refused then: of 1 dimension
+        without bias (a norm, a PReLU), of 2 without bias (dense, an embedding) and of 3
+        (`Conv1d`, `Bilinear`).
       transposed: the names of transposed convolutions, which nothing in the dict tells. Their Flax
         module is `flax.linen.ConvTranspose(transpose_kernel=False)`, with one group.
 
     Returns:
-      `(params, batch_stats)`, nested dicts of NumPy arrays that share no memory with the dict.
+      `(params, batch_stats)`, nested dicts of NumPy arrays that share no memory with the dict. They
+      have the keys of `variables`, so `nnx.update(model, params, batch_stats)` sets an NNX model.
 
     Raises:
-      TypeError: `state_dict` is neither mapping nor path, a weight is not float16, bfloat16,
-        float32 or float64, or a count not an integer.
+      TypeError: `state_dict` is neither mapping nor path, `variables` is of another type, a weight
+        is not float16, bfloat16, float32 or float64, or a count not an integer.
       ValueError: entries are missing, unexpected or of another shape (in torch's words, all at
-        once), running statistics are not finite, a variance is negative, a count does not fit into
-        int32, two names have one path, `transposed` names something else.
+        once), a module cannot be imported (recurrent, attention, parametrized), `state_dict` is a
+        checkpoint with the dict inside, running statistics are not finite, a variance is negative,
+        a count does not fit into int32, two names have one path, `transposed` names something else
+        or lacks a `ConvTranspose_0`, or it takes `variables` to know what a weight is of.
       ImportError: a path is given and safetensors is not installed.
 
     Example:
@@ -103,25 +117,36 @@ def from_state_dict(
       `torch.nn.Module.load_state_dict`, `flax.linen.Conv`, `flax.linen.Dense`.
     """
     layers = named_layers(prefix, names, transposed)
+    tensors = unwrapped(opened(state_dict), [layer.prefix for layer in layers])
     keys = {layer.prefix + entry for layer in layers for entry in ENTRIES}
+    if not keys & tensors.keys():
+        check_not_nested(tensors)
     entries = {
         key: as_array(value, key) if key in keys else value
-        for key, value in unwrapped(opened(state_dict), [layer.prefix for layer in layers]).items()
+        for key, value in tensors.items()
         if key.startswith(prefix)
     }
+    check_supported(entries)
     slots, uncovered = (
         (slots_of_entries(layers, entries), [])
         if variables is None
         else slots_of_variables(layers, variables)
     )
     _agree_on_counts(layers, slots, entries)
-    _check_entries("BatchNorm" if names is None else "the model", entries, slots, uncovered)
+    problems = _problems(entries, slots, uncovered)
+    if problems:
+        model = "BatchNorm" if names is None else "the model"
+        problems += hints(slots, entries, tensors, prefix)
+        raise ValueError("\n\t".join([f"Error(s) in loading state_dict for {model}:", *problems]))
     trees: dict[str, Tree] = {"params": {}, "batch_stats": {}}
     for key, slot in slots.items():
         tree: Tree = trees
         for name in slot.path[:-1]:
             tree = tree.setdefault(name, {})
-        tree[slot.path[-1]] = _converted(entries[key], key, slot, kernel_to_flax, np.int32)
+        name, array = slot.path[-1], entries[key]
+        wide = dtype_of_statistics(array.dtype)
+        dtype = {"mean": wide, "var": wide, "count": np.dtype(np.int32)}.get(name)
+        tree[name] = _converted(array, key, slot, to_flax, dtype)
     return trees["params"], trees["batch_stats"]
 
 
@@ -132,11 +157,13 @@ def to_state_dict(
     *,
     names: Mapping[str, str] | None = None,
     transposed: Collection[str] = (),
+    statistics_dtype: DTypeLike | None = None,
 ) -> dict[str, Array]:
     """The `state_dict` of a torch model from the variables of a Flax model: the way back.
 
     It inverts `from_state_dict`, with its formulas, and gives the bits back that came in. To load
-    the result, `model.load_state_dict({k: torch.from_numpy(v) for k, v in result.items()})`.
+    the result, `model.load_state_dict({k: torch.from_numpy(v) for k, v in result.items()})`, which
+    rounds float32 statistics for a module in half precision.
 
     Args:
       params: the collection `params`: nested dicts of NumPy or JAX arrays.
@@ -144,16 +171,20 @@ def to_state_dict(
       prefix: what the keys shall begin with: `"module."` for a `DistributedDataParallel` model.
       names: see `from_state_dict`. They must cover all variables; the result is in their order.
       transposed: see `from_state_dict`.
+      statistics_dtype: the dtype of running means and variances, for a file of a module in half
+        precision: float16, bfloat16, float32 or float64. None keeps that of the variables.
 
     Returns:
       NumPy arrays, contiguous, writable and sharing no memory with the variables, in the order
       of each torch module: weight, bias, running_mean, running_var, num_batches_tracked (int64).
 
     Raises:
-      TypeError: a variable is not float16, bfloat16, float32 or float64, or a count not an integer.
+      TypeError: a variable or `statistics_dtype` is not float16, bfloat16, float32 or float64, a
+        count not an integer, or a collection not a mapping.
       ValueError: no name covers a variable, a variable has another number of dimensions than its
-        kind, running statistics are not finite, a variance or a count is negative, two names have
-        one path, `transposed` names something else.
+        kind, running statistics are not finite or not in `statistics_dtype`, a variance or a count
+        is negative, two names have one path, `transposed` names something else or lacks a
+        `ConvTranspose_0`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -179,8 +210,16 @@ def to_state_dict(
             f"{', '.join(uncovered)}."
         )
     values = dict(leaves(variables))
+    dtype = None if statistics_dtype is None else np.dtype(statistics_dtype)
+    if dtype is not None and dtype.name not in FLOAT_DTYPES:
+        raise TypeError(
+            f"`statistics_dtype` must be one of {', '.join(FLOAT_DTYPES)}, or None; got {dtype}."
+        )
+    dtypes = {"mean": dtype, "var": dtype, "count": np.dtype(np.int64)}
     return {
-        key: _converted(as_array(values[slot.path], key), key, slot, kernel_to_torch, np.int64)
+        key: _converted(
+            as_array(values[slot.path], key), key, slot, to_torch, dtypes.get(slot.path[-1])
+        )
         for key, slot in slots.items()
     }
 
@@ -195,8 +234,8 @@ def _agree_on_counts(layers: list[NamedLayer], slots: dict[str, Slot], entries: 
             entries.pop(key, None)
 
 
-def _check_entries(model: str, entries: Tree, slots: dict[str, Slot], uncovered: list[str]) -> None:
-    """Raises torch's error, with all that does not fit."""
+def _problems(entries: Tree, slots: dict[str, Slot], uncovered: list[str]) -> list[str]:
+    """All that does not fit, in torch's words."""
     problems = [
         f"{what}: {', '.join(names)}. "
         for what, names in (
@@ -213,22 +252,22 @@ def _check_entries(model: str, entries: Tree, slots: dict[str, Slot], uncovered:
                 f"torch.Size({list(entries[key].shape)}) from checkpoint, the shape in current "
                 f"model is torch.Size({list(slot.shape)})."
             )
-    if problems:
-        title = f"Error(s) in loading state_dict for {model}:"
-        raise ValueError("\n\t".join([title, *problems, *onnx_hint(entries)]))
+    return problems
 
 
 def _converted(
     array: Array,
     key: str,
     slot: Slot,
-    layout: Callable[[Array, bool], Array],
-    integer: type[np.signedinteger[Any]],
+    layout: Callable[[Array, str, bool], Array],
+    dtype: np.dtype[Any] | None,
 ) -> Array:
-    """A copy in another layout, contiguous and in the byte order of the machine."""
+    """A copy in another layout, contiguous, of this dtype or its own in the machine's order."""
     name = slot.path[-1]
     check_statistics(array, key, name)
-    if name == "kernel":
-        array = layout(array, slot.transposed)
-    dtype = np.dtype(integer) if name == "count" else array.dtype.newbyteorder("=")
-    return np.array(array, dtype, order="C")
+    array = layout(array, name, slot.transposed)
+    with np.errstate(over="ignore"):
+        converted = np.array(array, dtype or array.dtype.newbyteorder("="), order="C")
+    if dtype and np.isinf(converted).any():
+        raise ValueError(f"`{key}` must fit into {dtype}; got {np.abs(array).max()}.")
+    return converted

@@ -12,7 +12,9 @@ from jaxbn._checks import FLOAT_DTYPES
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and its kin; of torch.compile
+# What torch.compile, fully sharded training and activation checkpointing put into names.
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+DATA_PARALLEL = "module."  # before every name; AveragedModel has it, too, beside `n_averaged`
 
 
 def opened(state_dict: Any) -> dict[str, Any]:
@@ -43,24 +45,22 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def unwrapped(tensors: dict[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
-    """Without what wrappers of a model put before every key, unless a key is wanted so."""
+    """Without what wrappers of a model put into the keys, unless a key is wanted so."""
     prefixes = tuple(wanted)
-    for wrapper in WRAPPERS:
-        asked = any(prefix.startswith(wrapper) for prefix in prefixes)
-        if tensors and not asked and all(key.startswith(wrapper) for key in tensors):
-            inner = {key.removeprefix(wrapper): value for key, value in tensors.items()}
-            return unwrapped(inner, prefixes)
-    return tensors
-
-
-def onnx_hint(keys: Iterable[str]) -> list[str]:
-    """A line for an error where keys are names that ONNX gives: onnx::Conv_123, /conv1/Conv."""
-    return [
-        f'"{key}" is a name from an ONNX file, whose nodes tell what belongs to which layer: read '
-        "it as docs/onnx.md shows."
-        for key in keys
-        if key.startswith(("onnx::", "/"))
-    ][:1]
+    removed = WRAPPERS - {name for prefix in prefixes for name in prefix.split(".")}
+    inner = {
+        ".".join(name for name in key.split(".") if name not in removed): value
+        for key, value in tensors.items()
+    }
+    if len(inner) < len(tensors):  # Two keys have become one, and neither may be lost.
+        inner = tensors
+    parallel = inner.keys() - {"n_averaged"}
+    if not parallel or not all(key.startswith(DATA_PARALLEL) for key in parallel):
+        return inner
+    inner.pop("n_averaged", None)
+    if any(prefix.startswith(DATA_PARALLEL) for prefix in prefixes):
+        return inner
+    return unwrapped({k.removeprefix(DATA_PARALLEL): v for k, v in inner.items()}, prefixes)
 
 
 def as_array(value: Any, key: str) -> Array:
@@ -120,14 +120,22 @@ def torch_axes(ndim: int, transposed: bool) -> tuple[int, ...]:
     return channels + tuple(range(ndim - 2))
 
 
-def kernel_to_torch(kernel: Array, transposed: bool) -> Array:
+def to_torch(array: Array, name: str, transposed: bool) -> Array:
     """A view in torch's layout; the kernel of a transposed convolution is flipped in space."""
+    if name == "negative_slope":
+        return array.reshape(1)
+    if name != "kernel":
+        return array
     if transposed:
-        kernel = np.flip(kernel, tuple(range(kernel.ndim - 2)))
-    return kernel.transpose(torch_axes(kernel.ndim, transposed))
+        array = np.flip(array, tuple(range(array.ndim - 2)))
+    return array.transpose(torch_axes(array.ndim, transposed))
 
 
-def kernel_to_flax(weight: Array, transposed: bool) -> Array:
-    """A view in Flax's layout, the inverse of `kernel_to_torch`."""
-    kernel = weight.transpose(np.argsort(torch_axes(weight.ndim, transposed)))
-    return np.flip(kernel, tuple(range(kernel.ndim - 2))) if transposed else kernel
+def to_flax(array: Array, name: str, transposed: bool) -> Array:
+    """A view in Flax's layout, the inverse of `to_torch`."""
+    if name == "negative_slope":
+        return array.reshape(())
+    if name != "kernel":
+        return array
+    array = array.transpose(np.argsort(torch_axes(array.ndim, transposed)))
+    return np.flip(array, tuple(range(array.ndim - 2))) if transposed else array

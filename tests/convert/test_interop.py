@@ -311,11 +311,26 @@ def test_flax_needs_no_converter():
     assert_errors_within([actual.mean, actual.var], [trained["mean"], trained["var"]])
 
 
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_half_precision_becomes_float32(dtype):
+    mean, var = (np.asarray(vector).astype(dtype) for vector in STATS[:2])
+    state = haiku_state(mean[None])
+    state["batch_norm/~/var_ema"]["average"] = jnp.asarray(var)
+    for stats in (
+        interop.from_haiku(state),
+        interop.from_equinox(jnp.array(False), (jnp.asarray(mean), jnp.asarray(var))),
+        interop.from_keras([mean, var]),
+    ):
+        assert_same(stats[:2], (jnp.float32(mean), jnp.float32(var)))
+        _, after = jaxbn.batch_norm(batches(1)[0], stats, train=True)
+        assert [v.dtype for v in after] == [v.dtype for v in stats]
+
+
 def test_no_library_is_imported():
     libraries = {"equinox", "flax", "haiku", "keras", "safetensors", "torch"}
     check = (
         "import sys, numpy, jaxbn.interop, jaxbn.torch; "
-        "jaxbn.torch.from_state_dict({'weight': numpy.ones(3)}); "
+        "jaxbn.torch.from_state_dict({'weight': numpy.ones(3), 'bias': numpy.ones(3)}); "
         f"assert not {libraries} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -4,7 +4,6 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import mobilenet
 import numpy as np
 import pytest
@@ -418,16 +417,14 @@ def torch_network(name):
 def import_into(model, state_dict, **options):
     """Its names and its output, by the documented steps."""
     if isinstance(model, nnx.Module):
-        _, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
-        trees = map(nnx.to_pure_dict, states)
-        variables = dict(zip(("params", "batch_stats"), trees, strict=True))
+        states = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+        variables = dict(zip(("params", "batch_stats"), states, strict=True))
     else:
         variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
     names = match_names(state_dict, variables)
     params, stats = from_state_dict(state_dict, names=names, variables=variables, **options)
     if isinstance(model, nnx.Module):
-        for tree in (params, stats):
-            nnx.update(model, nnx.restore_int_paths(jax.tree.map(jnp.asarray, tree)))
+        nnx.update(model, params, stats)
         return names, nnx.jit(lambda model, x: model(x))(model, IMAGES)
     return names, jax.jit(model.apply)({"params": params, "batch_stats": stats}, IMAGES)
 

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 from helpers.numpy_reference import evaluate, sample
+from helpers.state_dicts import assert_same, prefixed, shapes, torch_or_skip, vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,19 +24,6 @@ from jaxbn.torch import from_state_dict, match_names, to_state_dict
 
 DTYPES = {"float16": np.float16, "bfloat16": jnp.bfloat16, "float32": np.float32, "float64": float}
 GUIDE = pathlib.Path(__file__).parents[2] / "docs" / "torch.md"
-
-
-def vectors(size, dtype=np.float32, seed=0):
-    """The entries of a batch norm layer that was trained."""
-    values = sample((4, size), seed)
-    values[3] = np.abs(values[3])
-    entries = ("weight", "bias", "running_mean", "running_var")
-    state_dict = {k: v.astype(dtype) for k, v in zip(entries, values, strict=True)}
-    return state_dict | {"num_batches_tracked": np.array(7)}
-
-
-def prefixed(prefix, state_dict):
-    return {prefix + key: value for key, value in state_dict.items()}
 
 
 def network():
@@ -48,15 +36,6 @@ def network():
         state_dict[f"{name}.bias"] = sample((outputs,), 2, dtype=np.float32)
     names = {"block.0.bn": "block_0/bn"} | {name: name for name in shapes}
     return state_dict, names
-
-
-def shapes(tree):
-    return jax.tree.map(lambda v: (v.shape, v.dtype.name), tree)
-
-
-def assert_same(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-    assert shapes(actual) == shapes(expected)
 
 
 def test_one_layer():
@@ -86,10 +65,12 @@ def test_one_layer():
 def test_every_element_of_a_weight_is_where_flax_has_it(spatial, transposed):
     weight = np.arange(5 * 4 * np.prod(spatial, dtype=int)).reshape(5, 4, *spatial) / 2
     flags = {"names": {"w": "w"}, "transposed": ["w"] if transposed else []}
-    params, stats = from_state_dict({"w.weight": weight}, **flags)
+    expected = np.zeros(spatial + ((5, 4) if transposed else (4, 5)))
+    variables = {"params": {"w": {"kernel": expected}}}
+    params, stats = from_state_dict({"w.weight": weight}, variables=variables, **flags)
     kernel = params["w"]["kernel"]
     assert kernel.flags.c_contiguous
-    assert kernel.shape == spatial + ((5, 4) if transposed else (4, 5))
+    assert kernel.shape == expected.shape
     assert stats == {}
     for first, second, *position in np.ndindex(weight.shape):
         if transposed:
@@ -124,6 +105,7 @@ def test_every_bit_survives(dtype, data):
         "conv.bias": bits(2),
         "up.weight": bits(2, 1, 2),
         "fc.weight": bits(3, 2),
+        "fc.bias": bits(3),
         "bn.weight": bits(2),
         "bn.bias": bits(2),
         "bn.running_mean": finite(bits(2)),
@@ -132,7 +114,9 @@ def test_every_bit_survives(dtype, data):
     }
     names = {name: name for name in ("conv", "up", "fc", "bn")}
     params, stats = from_state_dict(state_dict, names=names, transposed=["up"])
-    back = to_state_dict(params, stats, names=names, transposed=["up"])
+    back = to_state_dict(
+        params, stats, names=names, transposed=["up"], statistics_dtype=dtype.newbyteorder("=")
+    )
     assert list(back) == list(state_dict)
     for key, value in state_dict.items():
         assert back[key].dtype == value.dtype
@@ -157,7 +141,7 @@ def test_results_are_copies():
 def test_strided_foreign_and_jax_arrays():
     scale = np.arange(6.0, dtype=np.float32)[::2]
     for weight in (scale, scale.astype(">f4"), jnp.asarray(scale)):
-        params, _ = from_state_dict({"weight": weight})
+        params, _ = from_state_dict(vectors(3) | {"weight": weight})
         assert_same(params["scale"], np.array([0, 2, 4], np.float32))
         assert params["scale"].dtype.isnative
 
@@ -578,13 +562,6 @@ def test_bad_input(case):
         call()
 
 
-def torch_or_skip():
-    """Torch, its random numbers begun anew, so that a test's numbers are the same in every run."""
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    torch.manual_seed(0)
-    return torch
-
-
 def flax_layout(x):
     """A NumPy array, channels last, from a tensor with channels at axis 1."""
     return np.moveaxis(x.detach().numpy(), 1, -1)
@@ -617,8 +594,11 @@ def test_torch_and_back_bit_for_bit(dtype, tmp_path):
     trees = from_state_dict(theirs)
     np.testing.assert_array_equal(trees[0]["scale"].view(f"i{size}"), patterns.numpy())
     assert trees[0]["scale"].dtype == DTYPES[dtype]
-    ours = to_state_dict(*trees)
+    ours = to_state_dict(*trees, statistics_dtype=dtype)
     assert list(ours) == list(theirs)
+    assert {key: str(value.dtype) for key, value in ours.items()} == {
+        key: str(value.dtype).removeprefix("torch.") for key, value in theirs.items()
+    }
 
     safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
     safetensors.save_file(ours, tmp_path / "layer.safetensors")
@@ -682,14 +662,13 @@ def test_convolutions_are_those_of_torch(case):
     outputs = 6 if options.get("groups") != 4 else 8
     layer = getattr(torch.nn, kind)(4, outputs, **options).double()
     transposed = "Transpose" in kind
-    params, stats = from_state_dict(layer.state_dict(), transposed=[""] if transposed else [])
-    assert stats == {}
     common = {
         "features": outputs,
         "kernel_size": layer.kernel_size,
         "strides": layer.stride,
         "kernel_dilation": layer.dilation,
         "use_bias": layer.bias is not None,
+        "param_dtype": float,
     }
     if transposed:
         pads = zip(
@@ -701,6 +680,12 @@ def test_convolutions_are_those_of_torch(case):
         padding = [(p, p) for p in layer.padding]
         ours = nn.Conv(padding=padding, feature_group_count=layer.groups, **common)
     x = torch.randn(shape, dtype=torch.float64)
+    params, stats = from_state_dict(
+        layer.state_dict(),
+        variables=jax.eval_shape(ours.init, jax.random.key(0), flax_layout(x)),
+        transposed=[""] if transposed else [],
+    )
+    assert stats == {}
     actual, expected = ours.apply({"params": params}, flax_layout(x)), flax_layout(layer(x))
     np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
     back = to_state_dict(params, {}, transposed=[""] if transposed else [])
