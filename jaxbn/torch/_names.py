@@ -77,7 +77,7 @@ def match_names(
       TypeError: `state_dict` is neither mapping nor path.
       ValueError: the layers of the two sides differ in shape or number, more than one way to match
         them fits, or none; the message lists both sides. `known` has a name or a path that is not
-        there.
+        there, or no key begins with `prefix`.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
@@ -105,6 +105,8 @@ def match_names(
     tensors = unwrapped(opened(state_dict), [prefix])
     check_not_nested(tensors)
     entries = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    if prefix and not entries:
+        raise ValueError(f"`prefix` must be what keys of `state_dict` begin with; got {prefix!r}.")
     check_supported(entries)
     torch, flax = _layers(_shapes_of_entries(entries), _shapes_of_variables(variables))
     known = known or {}

@@ -304,6 +304,13 @@ def test_a_file(tmp_path):
     from_state_dict(tmp_path / "a.safetensors", names=names, variables=variables)
 
 
+def test_a_prefix_that_no_key_has():
+    state_dict, variables = both_sides([("a", "a", C)])
+    message = "`prefix` must be what keys of `state_dict` begin with; got 'model.'."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        match_names(state_dict, variables, "model.")
+
+
 def test_one_layer():
     assert match_names({"weight": zeros(4)}, {"params": {"scale": zeros(4)}}) == {"": ""}
     assert match_names({}, {}) == {}
