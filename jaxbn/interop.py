@@ -7,8 +7,8 @@ float32, exactly, as training keeps them.
 Bessel's correction and momentum are properties of updates, not of values. With m for the weight of
 the **old** statistics, `momentum` or `decay_rate` there, `jaxbn.batch_norm` continues each by
 
-    Flax, Keras, Equinox "ema"      momentum=1 − m,                                unbiased=False
-    Haiku, Equinox "batch"          momentum=(1 − m) / (1 − m**(stats.count + 1)), unbiased=False
+    Flax, Keras, Equinox "ema", ONNX  momentum=1 − m,                                unbiased=False
+    Haiku, Equinox "batch"            momentum=(1 − m) / (1 − m**(stats.count + 1)), unbiased=False
 
 The second is an average from zero, divided by the sum of its weights. Flax needs no converter:
 `BatchStats.from_mapping({**batch_stats, "count": 0})`.

@@ -89,7 +89,18 @@ def hints(
         *_of_transposed(slots, entries, prefix),
         *_of_kinds(slots, entries),
         *_of_tied(slots, entries),
+        *onnx_hint(entries),
     ]
+
+
+def onnx_hint(keys: Iterable[str]) -> list[str]:
+    """A line for an error where keys are names that ONNX gives: onnx::Conv_123, /conv1/Conv."""
+    return [
+        f'"{key}" is a name from an ONNX file, whose nodes tell what belongs to which layer: read '
+        "it as docs/onnx.md shows."
+        for key in keys
+        if key.startswith(("onnx::", "/"))
+    ][:1]
 
 
 def _of_beginnings(slots: Iterable[str], keys: Collection[str], prefix: str) -> Iterator[str]:

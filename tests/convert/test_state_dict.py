@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxbn import linen
-from jaxbn.torch import from_state_dict, to_state_dict
+from jaxbn.torch import from_state_dict, match_names, to_state_dict
 
 DTYPES = {"float16": np.float16, "bfloat16": jnp.bfloat16, "float32": np.float32, "float64": float}
 GUIDE = pathlib.Path(__file__).parents[2] / "docs" / "torch.md"
@@ -537,6 +537,13 @@ CASES = {
         ValueError,
         'it lacks "params/kernel".',
     ),
+    "initializers of ONNX": (
+        lambda: from_state_dict({"/a/Constant": V3, "onnx::Conv_1": V3}, names={"a": "a"}),
+        ValueError,
+        'Unexpected key(s) in state_dict: "/a/Constant", "onnx::Conv_1". \n\t"/a/Constant" is a '
+        "name from an ONNX file, whose nodes tell what belongs to which layer: read it as "
+        "docs/onnx.md shows.",
+    ),
     "a convolution of one element for a dense layer": (
         lambda: from_state_dict(
             {"weight": np.ones((4, 3, 1, 1))}, variables={"params": {"kernel": np.ones((3, 4))}}
@@ -788,7 +795,7 @@ def test_errors_of_a_model_are_in_the_words_of_torch():
 
 
 SNIPPETS = re.findall(r"```(py|python)\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-ALONE = [snippet for kind, snippet in SNIPPETS if kind == "python" and "flax_names" not in snippet]
+ALONE = [snippet for kind, snippet in SNIPPETS if kind == "python" and "class Block" not in snippet]
 
 
 @pytest.mark.parametrize("snippet", ALONE, ids=range(len(ALONE)))
@@ -824,7 +831,7 @@ def test_a_network_by_the_guide(dtype, request):
     theirs, model = copy.deepcopy(defined["torch_model"]).to(kind), defined["model"]
     trained(torch, theirs, torch.randn(16, 3, 32, 32, dtype=kind))
     state_dict = {key: value.clone() for key, value in theirs.state_dict().items()}
-    names = defined["flax_names"](state_dict, defined["variables"])
+    names = match_names(state_dict, defined["variables"])
     assert names == defined["names"]
     params, stats = from_state_dict(state_dict, names=names, variables=defined["variables"])
     variables = {"params": params, "batch_stats": stats}

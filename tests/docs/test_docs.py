@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"])
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 ELSEWHERE = (TUTORIAL, ROOT / "docs" / "torch.md")  # torch.md: in test_state_dict.py
-OPTIONAL = ("equinox", "haiku", "keras", "safetensors", "torch")
+OPTIONAL = ("equinox", "haiku", "keras", "onnx", "safetensors", "torch")
 
 
 def blocks(page, language):

@@ -1,0 +1,260 @@
+"""Ways to match the layers of torch and of Flax by their names, shapes, nesting and order."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice, pairwise
+from typing import NamedTuple
+
+from jaxbn.torch._slots import Path, Shape
+
+Kind = tuple[tuple[str, Shape], ...]  # the entries of a layer, and their shapes in torch's layout
+
+# The names of a convolution and of its batch norm differ in such a word alone: conv1 and bn1,
+# Conv_0 and BatchNorm_0, conv_proj and norm_proj.
+_WORDS = re.compile(
+    r"(?<![a-z])(conv(olution)?(transpose)?|(batch|sync|group|layer)?_?norm|[bgl]n)(\dd)?(?![a-z])",
+    re.IGNORECASE,
+)
+
+
+class Layer(NamedTuple):
+    """A module with variables of its own."""
+
+    name: str  # layer1.0.bn1 in torch, layer1_0/bn1 in Flax
+    parts: Path
+    kind: Kind
+
+
+Layers = tuple[Layer, ...]
+
+
+def kinds(layers: Layers) -> Counter[Kind]:
+    """How many there are of each kind."""
+    return Counter(layer.kind for layer in layers)
+
+
+def agreeing(torch: Layers, flax: Layers, depth: int = 0) -> dict[Path, Path]:
+    """The modules, layers or not, whose names agree; of Flax's names, what a depth leaves."""
+    theirs, ours = _by_tokens(torch, 0), _by_tokens(flax, depth)
+    numbers = [_numbers(side) for side in (theirs, ours)]
+
+    def numbered_alike(tokens: Path) -> bool:
+        starts = [tokens[:i] for i, token in enumerate(tokens) if token.isdigit()]
+        return all(numbers[0][start] == numbers[1][start] for start in starts)
+
+    common = [tokens for tokens in theirs if tokens in ours and numbered_alike(tokens)]
+    return {theirs[tokens]: ours[tokens] for tokens in common}
+
+
+def _by_tokens(layers: Layers, depth: int) -> dict[Path, Path]:
+    """The modules by the words and numbers of their names, without those that all begin with."""
+    start = _shared(*(_tokens(layer.parts[depth:]) for layer in layers))
+    modules = dict.fromkeys(
+        layer.parts[:stop] for layer in layers for stop in range(depth + 1, len(layer.parts) + 1)
+    )
+    tokens = {module: _tokens(module[depth:]) for module in modules}
+    counts = Counter(tokens.values())
+    return {
+        words[start:]: module
+        for module, words in tokens.items()
+        if len(words) > start and counts[words] == 1
+    }
+
+
+def _shared(*names: Path) -> int:
+    """How many parts all names begin with."""
+    shortest = min(map(len, names), default=0)
+    return next((i for i in range(shortest) if len({name[i] for name in names}) > 1), shortest)
+
+
+def _tokens(parts: Path) -> Path:
+    """`layer1.0` as (layer, 1, 0), and so what a Sequential makes of it, `layer1/layers_0`."""
+    tokens = re.findall(r"[^\W\d_]+|\d+", "/".join(parts))
+    following = pairwise([*tokens, ""])
+    return tuple(token for token, after in following if token != "layers" or not after.isdigit())
+
+
+def _numbers(names: Iterable[Path]) -> defaultdict[Path, set[str]]:
+    """The numbers that follow each beginning of a name."""
+    numbers: defaultdict[Path, set[str]] = defaultdict(set)
+    for tokens in names:
+        for i, token in enumerate(tokens):
+            if token.isdigit():
+                numbers[tokens[:i]].add(token)
+    return numbers
+
+
+def anchored(pairs: Mapping[str, str], torch: Layers, flax: Layers) -> tuple[Layers, Layers]:
+    """The layers, of which those of a pair have a kind to themselves."""
+    own = {pairs[t.name]: (*t.kind, (pairs[t.name], ())) for t in torch if t.name in pairs}
+    return (
+        tuple(t._replace(kind=own[pairs[t.name]]) if t.name in pairs else t for t in torch),
+        tuple(layer._replace(kind=own.get(layer.name, layer.kind)) for layer in flax),
+    )
+
+
+def _inside(layer: Layer, module: Path) -> bool:
+    return layer.parts[: len(module)] == module
+
+
+def _kinds_inside(layers: Layers, module: Path) -> Counter[Kind]:
+    return kinds(tuple(layer for layer in layers if _inside(layer, module)))
+
+
+def _marked(layers: Layers, modules: Mapping[Path, Path]) -> Layers:
+    """The layers, whose kinds tell in which of these modules they are."""
+    marks = {module: ("/".join(mark), ()) for module, mark in modules.items()}
+    return tuple(
+        layer._replace(
+            kind=(*layer.kind, *(mark for module, mark in marks.items() if _inside(layer, module)))
+        )
+        for layer in layers
+    )
+
+
+def ways(torch: Layers, flax: Layers, depth: int = 0) -> list[dict[str, str]]:
+    """Two ways to match all layers, or the only one, or none.
+
+    `torch` is in order; the order of `flax` plays no part. Flax's names are read from a depth on.
+    Ways in which their numbers follow torch's order are preferred.
+    """
+    if kinds(torch) != kinds(flax):
+        return []
+    pairs = agreeing(torch, flax, depth)
+    if any(_kinds_inside(torch, t) != _kinds_inside(flax, f) for t, f in pairs.items()):
+        pairs = {}  # the names mean something else
+    torch, flax = _marked(torch, pairs), _marked(flax, {f: f for f in pairs.values()})
+    if len(kinds(torch)) == len(torch):
+        path = {layer.kind: layer.name for layer in flax}
+        return [{layer.name: path[layer.kind] for layer in torch}]
+    children, named = _children(flax, depth), {*pairs.values()}
+    for ordered in (True, False):
+        for some in (_paired(children), children):
+            families = _families(some, ordered, named)
+            if found := [*islice(_fillings(torch, 0, families, set()), 2)]:
+                return found
+    return []
+
+
+class _Child(NamedTuple):
+    """A child of a Flax module."""
+
+    name: str
+    depth: int  # from which on the names of its layers are its own
+    layers: Layers
+
+
+class _Family(NamedTuple):
+    """Children of which the first comes next, or, where not `ordered`, any."""
+
+    ordered: bool
+    children: tuple[_Child, ...]
+
+
+def _children(flax: Layers, depth: int) -> list[_Child]:
+    """The layers by the module that has them; lists are none, but their elements."""
+    layers: defaultdict[Path, Layers] = defaultdict(tuple)
+    for layer in flax:
+        stop = depth + 1
+        while layer.parts[stop : stop + 1] and layer.parts[stop].isdigit():
+            stop += 1
+        layers[layer.parts[depth:stop]] += (layer,)
+    return [_Child("/".join(p), depth + len(p), some) for p, some in layers.items()]
+
+
+def _paired(children: list[_Child]) -> list[_Child]:
+    """A convolution and its norm as one child, where each of the one sort has one of the other."""
+    alike, numbers = defaultdict(list), defaultdict(set)
+    for child in children:
+        alike[_residue(child.name)].append(child)
+        numbers[_stem(child.name)].add(_order(child.name))
+    result = []
+    for residue, some in alike.items():
+        layers = sum((child.layers for child in some), ())
+        dimensions = {len(dict(layer.kind).get("weight", ())) for layer in layers}
+        one, *others = (numbers[_stem(child.name)] for child in some)
+        pair = others == [one] and len(layers) == len(dimensions) == 2
+        result += [_Child(residue, some[0].depth, layers)] if pair else some
+    return result
+
+
+def _families(children: list[_Child], ordered: bool, named: set[Path]) -> tuple[_Family, ...]:
+    """Children in the order of their numbers; those without, or with torch's names, by shapes."""
+    stems, shapes = defaultdict(list), defaultdict(list)
+    for child in children:
+        modules = {layer.parts[: child.depth] for layer in child.layers}
+        stems[child.name if modules <= named else _stem(child.name)].append(child)
+    numbered = [
+        sorted(some, key=lambda child: _order(child.name))
+        for some in stems.values()
+        if ordered and len(some) > 1
+    ]
+    for some in stems.values():
+        for child in some if not ordered or len(some) == 1 else ():
+            shapes[frozenset(kinds(child.layers).items())].append(child)
+    return (
+        *(_Family(True, tuple(some)) for some in numbered),
+        *(_Family(False, tuple(some)) for some in shapes.values()),
+    )
+
+
+def _fillings(
+    torch: Layers, start: int, families: tuple[_Family, ...], dead: set[tuple[int, ...]]
+) -> Iterator[dict[str, str]]:
+    """The ways to give torch's layers from `start` on, in turn, to the children of a module."""
+    if start == len(torch):
+        yield {}
+        return
+    state = tuple(len(family.children) for family in families)
+    if state in dead:
+        return
+    alive = False
+    for i, (ordered, children) in enumerate(families):
+        for j, child in enumerate(children[:1] if ordered else children):
+            stop = start + len(child.layers)
+            if stop > len(torch) or _crosses(torch, start, stop):
+                continue
+            left = _Family(ordered, children[:j] + children[j + 1 :])
+            others = (*families[:i], left, *families[i + 1 :])
+            for inner in ways(torch[start:stop], child.layers, child.depth):
+                for outer in _fillings(torch, stop, others, dead):
+                    alive = True
+                    yield inner | outer
+    if not alive:
+        dead.add(state)
+
+
+def _crosses(torch: Layers, start: int, stop: int) -> bool:
+    """Whether a torch module has layers both inside and outside, and not all of those inside."""
+
+    def shared(i: int, j: int) -> int:
+        return _shared(torch[i].parts, torch[j].parts)
+
+    inside = shared(start, stop - 1)
+    return (start > 0 and shared(start - 1, start) > inside) or (
+        stop < len(torch) and shared(stop - 1, stop) > inside
+    )
+
+
+def orders(torch: Layers) -> list[Layers]:
+    """Two orders of layers of which only numbers tell one: all else is the other way around."""
+    names = sorted({_stem(_residue(part)) for layer in torch for part in layer.parts})
+
+    def key(layer: Layer, sign: int) -> list[tuple[int, tuple[int, ...], str]]:
+        residues = [(part, _residue(part)) for part in layer.parts]
+        return [(sign * names.index(_stem(r)), _order(r), part) for part, r in residues]
+
+    return [tuple(sorted(torch, key=lambda layer: key(layer, sign))) for sign in (1, -1)]
+
+
+def _residue(name: str) -> str:
+    return _WORDS.sub("", name).strip("_")
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _order(name: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", name)))

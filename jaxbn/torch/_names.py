@@ -1,0 +1,247 @@
+"""The `names` of a model, found by comparing both sides."""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Container, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxbn.torch._causes import check_not_nested, check_supported, onnx_hint
+from jaxbn.torch._matching import Kind, Layer, Layers, agreeing, anchored, kinds, orders, ways
+from jaxbn.torch._slots import (
+    ENTRIES,
+    Shape,
+    checked_collections,
+    joined,
+    leaves,
+    named_layers,
+    slots_of_variables,
+)
+from jaxbn.torch._tensors import opened, unwrapped
+
+
+class Names(dict[str, str]):
+    """The `names` of a model, of which those in `guessed` were found by shape and order."""
+
+    guessed: dict[str, str]
+
+    def __init__(self, names: Mapping[str, str], guessed: Collection[tuple[str, str]]) -> None:
+        """`guessed` are items of `names`."""
+        super().__init__(names)
+        self.guessed = {name: path for name, path in names.items() if (name, path) in guessed}
+
+
+def match_names(
+    state_dict: Mapping[str, Any] | str | os.PathLike[str],
+    variables: Mapping[str, Any],
+    prefix: str = "",
+    *,
+    known: Mapping[str, str] | None = None,
+) -> Names:
+    """The `names` for `from_state_dict`: the path of the Flax module of each torch module.
+
+    Names come first. They agree where their words and numbers do: `layer1.0.bn1` is
+    `layer1_0/bn1`, `layer1/0/bn1` (a list of NNX) or `layer1/layers_0/bn1` (`nn.Sequential`). What
+    all names of one side begin with (`model.`) does not count. A number agrees only where both
+    sides have the same numbers in its place: those of 0, 2, 4 are not those of 0, 1, 2.
+
+    All other pairs are guesses, listed in `guessed`. Their shapes are equal. A guess assumes that
+
+    - modules with layers in them correspond where their names agree, whatever is inside;
+    - the layers of a Flax module are neighbours in torch, and no torch module has a part of them
+      beside other layers;
+    - Flax calls modules that differ in a number (`Conv_0`, `Conv_1`) in the order in which torch
+      registers theirs. Where the shapes contradict that (a shortcut that is called first), shapes
+      alone decide;
+    - a convolution and a batch norm whose names differ in nothing else (`Conv_1` and
+      `BatchNorm_1`, `conv_proj` and `norm_proj`) are neighbours.
+
+    Where more than one way fits, there is no guess but an error. The order of keys in `variables`
+    plays no part. That of keys in `state_dict` is the order of torch's modules, unless it is
+    alphabetical, as in `.safetensors` files; then only numbers tell an order.
+
+    Args:
+      state_dict: see `from_state_dict`; all its layers must be in the Flax model.
+      variables: what the Flax model's `init` returns, or `jax.eval_shape` of it.
+      prefix: see `from_state_dict`. Needed only where there are layers that do not begin with it.
+      known: pairs that you know, `{"layer1.0.downsample.0": "Block_0/Conv_0"}`. They are taken as
+        they are.
+
+    Returns:
+      A dict of all layers, in torch's order. Its attribute `guessed` is the dict of those that were
+      not found by name. Which convolutions are `transposed` it does not tell.
+
+    Raises:
+      TypeError: `state_dict` is neither mapping nor path.
+      ValueError: the layers of the two sides differ in shape or number, more than one way to match
+        them fits, or none; the message lists both sides. `known` has a name or a path that is not
+        there, or no key begins with `prefix`.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
+      >>> from jaxbn.torch import from_state_dict, match_names
+      >>> class Net(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         return nn.Dense(2, name="head")(nn.relu(nn.Dense(4)(nn.relu(nn.Dense(4)(x)))))
+      >>> variables = jax.eval_shape(Net().init, jax.random.key(0), jnp.ones((1, 4)))
+      >>> shapes = {"body.0": (4, 4), "body.2": (4, 4), "head": (2, 4)}
+      >>> state_dict = {}
+      >>> for name, shape in shapes.items():
+      ...     state_dict[f"model.{name}.weight"] = np.ones(shape, np.float32)
+      ...     state_dict[f"model.{name}.bias"] = np.ones(shape[0], np.float32)
+      >>> names = match_names(state_dict, variables)
+      >>> names
+      {'model.body.0': 'Dense_0', 'model.body.2': 'Dense_1', 'model.head': 'head'}
+      >>> names.guessed
+      {'model.body.0': 'Dense_0', 'model.body.2': 'Dense_1'}
+      >>> params, _ = from_state_dict(state_dict, names=names, variables=variables)
+
+    References:
+      `torch.nn.Module.state_dict`, `flax.linen.compact`.
+    """
+    tensors = unwrapped(opened(state_dict), [prefix])
+    check_not_nested(tensors)
+    entries = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    if prefix and not entries:
+        raise ValueError(f"`prefix` must be what keys of `state_dict` begin with; got {prefix!r}.")
+    check_supported(entries)
+    torch, flax = _layers(_shapes_of_entries(entries), _shapes_of_variables(variables))
+    known = known or {}
+    _check_known(known, torch, flax)
+    taken = set(known.values())
+    rest = (
+        tuple(layer for layer in torch if layer.name not in known),
+        tuple(layer for layer in flax if layer.name not in taken),
+    )
+    paths = {layer.parts: layer.name for layer in rest[1]}
+    agreed = agreeing(*rest)
+    by_name = {t.name: paths[agreed[t.parts]] for t in rest[0] if agreed.get(t.parts) in paths}
+    given = {**known}
+    if len(by_name) == len(rest[0]) == len(rest[1]):  # their shapes are judged by the import
+        given |= by_name
+    names = _only_way(*anchored(given, torch, flax), entries)
+    ordered = {layer.name: names[layer.name] for layer in torch}
+    return Names(ordered, ordered.items() - {**by_name, **known}.items())
+
+
+def _shapes_of_entries(entries: Mapping[str, Any]) -> dict[str, dict[str, Shape]]:
+    shapes: dict[str, dict[str, Shape]] = {}
+    for key, value in entries.items():
+        name, _, entry = key.rpartition(".")
+        if entry in ENTRIES:
+            shapes.setdefault(name, {})[entry] = tuple(np.shape(value))
+    return shapes
+
+
+def _shapes_of_variables(variables: Mapping[str, Any]) -> dict[str, dict[str, Shape]]:
+    leaf_paths = (path for path, _ in leaves(checked_collections(variables)))
+    paths = dict.fromkeys(joined(path[1:-1]) for path in leaf_paths)
+    transposed = [path for path in paths if re.search(r"(^|/)ConvTranspose_\d+$", path)]
+    slots, _ = slots_of_variables(named_layers("", {p: p for p in paths}, transposed), variables)
+    shapes: dict[str, dict[str, Shape]] = {}
+    for key, slot in slots.items():
+        path, _, entry = key.rpartition(".")
+        shapes.setdefault(path, {})[entry] = slot.shape
+    return shapes
+
+
+def _layers(*sides: Mapping[str, Mapping[str, Shape]]) -> tuple[Layers, Layers]:
+    """The layers of torch and of Flax.
+
+    Only names such as ConvTranspose_0 tell which convolutions are transposed. Where the sides
+    differ in how many they have of a shape, the order of the two channel axes is left out.
+    """
+    exact = [
+        {
+            name: tuple(
+                (e, shapes[e]) for e in ENTRIES if e in shapes and e != "num_batches_tracked"
+            )
+            for name, shapes in side.items()
+        }
+        for side in sides
+    ]
+    theirs, ours = (Counter(side.values()) for side in exact)
+
+    def kind(shapes: Kind) -> Kind:
+        if theirs[shapes] == ours[shapes]:
+            return shapes
+        return tuple((e, (*sorted(s[:2]), *s[2:]) if len(s) > 2 else s) for e, s in shapes)
+
+    torch, flax = (
+        tuple(Layer(name, tuple(name.split(mark)), kind(k)) for name, k in side.items())
+        for side, mark in zip(exact, "./", strict=True)
+    )
+    return torch, flax
+
+
+def _check_known(known: Mapping[str, str], torch: Layers, flax: Layers) -> None:
+    there = [{layer.name for layer in side} for side in (torch, flax)]
+    strange = sorted({*known} - there[0]) + sorted({*known.values()} - there[1])
+    if strange or len({*known.values()}) < len(known):
+        raise ValueError(
+            "`known` must map torch modules to Flax modules, each with layers in it and once; got "
+            f"{', '.join(map(repr, strange or known.values()))}."
+        )
+
+
+def _alphabetical(entries: Mapping[str, Any]) -> bool:
+    """Whether the keys are sorted, within each dtype, so that `bias` is before `weight`."""
+    keys = defaultdict(list)
+    for key, value in entries.items():
+        keys[str(getattr(value, "dtype", ""))].append(key)
+    return all(some == sorted(some) for some in keys.values())
+
+
+def _only_way(torch: Layers, flax: Layers, entries: Mapping[str, Any]) -> dict[str, str]:
+    """The only way to match the layers; otherwise an error that shows both sides."""
+    theirs, ours = kinds(torch), kinds(flax)
+    if theirs != ours:
+        title = (
+            "The torch model and the Flax model must have the same layers; leave out what takes no "
+            "part. They differ in these, shapes in torch's layout:"
+        )
+        lines = _both_sides(torch, flax, (theirs - ours) | (ours - theirs))
+        raise ValueError("\n\t".join([title, *lines, *onnx_hint(entries)]))
+    alphabetical = _alphabetical(entries)
+    found: list[dict[str, str]] = []
+    for order in orders(torch) if alphabetical else [torch]:
+        found += [way for way in ways(order, flax) if way not in found]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        title = "The layers match in more than one way, in these two among others."
+        lines = [
+            f"{layer.name}, {_text(layer.kind)}: {found[0][layer.name]} or {found[1][layer.name]}"
+            for layer in torch
+            if found[0][layer.name] != found[1][layer.name]
+        ]
+    else:
+        title = (
+            "The torch model and the Flax model have the same layers, but nested or ordered in "
+            "other ways."
+        )
+        lines = _both_sides(torch, flax, ours)
+    title += " Pass those that you know as `known`, or name the Flax modules as in torch."
+    if alphabetical:
+        title += " The keys are in alphabetical order; that of model.state_dict() tells more."
+    raise ValueError("\n\t".join([title, *lines]))
+
+
+def _both_sides(torch: Layers, flax: Layers, shown: Container[Kind]) -> list[str]:
+    """A line for each kind, with its layers on both sides."""
+
+    def names(side: Layers, kind: Kind) -> str:
+        return ", ".join(layer.name or "(itself)" for layer in side if layer.kind == kind) or "none"
+
+    return [
+        f"{_text(kind)}: torch {names(torch, kind)}; Flax {names(flax, kind)}"
+        for kind in dict.fromkeys(layer.kind for layer in (*torch, *flax))
+        if kind in shown
+    ]
+
+
+def _text(kind: Kind) -> str:
+    return ", ".join(f"{entry} {list(shape)}" for entry, shape in kind if entry in ENTRIES)
