@@ -9,6 +9,7 @@ from importlib.metadata import version as _version
 from jaxbn import interop as interop
 from jaxbn import torch as torch
 from jaxbn._batch_norm import batch_norm as batch_norm
+from jaxbn._batch_norm_mask import batch_norm_mask as batch_norm_mask
 from jaxbn._core.derivative import CHECKPOINT_NAMES as CHECKPOINT_NAMES
 from jaxbn._folding.layers import fold_into_conv as fold_into_conv
 from jaxbn._folding.layers import fold_into_dense as fold_into_dense

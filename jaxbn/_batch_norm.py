@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._activation import Activation
 from jaxbn._checks import check_bool, check_momentum
 from jaxbn._core.devices import AxisIndexGroups, AxisName, spread
+from jaxbn._moments import Moments, batch_moments
 from jaxbn._normalize import batch_normalize, normalize
 from jaxbn._stats import BatchStats, checked_stats, update_batch_stats
 from jaxbn._types import Bool, Flag, Integer, Number
@@ -25,6 +27,7 @@ def batch_norm(
     bias: ArrayLike | None = None,
     *,
     train: Flag,
+    update_stats: Flag | None = None,
     momentum: ArrayLike | None = 0.1,
     unbiased: Bool = True,
     axis: Integer = -1,
@@ -47,6 +50,9 @@ def batch_norm(
     running statistics: `new = (1 − momentum)·old + momentum·batch`, as in torch. Without
     statistics to keep (`stats=None`) the batch normalizes itself in both modes.
 
+    What normalizes, what the statistics learn and what is trained are three switches. `train` is
+    the first, `update_stats` the second. For the third, pass `jax.lax.stop_gradient(scale)`.
+
     Args:
       x: input, channels at `axis`; float16, bfloat16, float32 or float64.
       stats: running statistics of shape `[C]`, or None where none are kept.
@@ -54,6 +60,10 @@ def batch_norm(
       bias: β, shape `[C]`; None means 0.
       train: True for training mode. A traced bool compiles both modes under `jax.lax.cond`, so `x`
         must then be fit for training.
+      update_stats: whether to fold the batch into the statistics; None for `train`. False in
+        training leaves them to another pass over the same batch, as in sharpness-aware or
+        adversarial training. True in inference lets statistics that normalize follow new data. A
+        traced bool computes the moments for either value.
       momentum: weight of the new batch, in [0, 1]; None for the cumulative average.
       unbiased: whether the running variance is the unbiased one; the output never depends on it.
       axis: the channel axis of `x`: 1 for torch's layouts, -1 for channels last.
@@ -79,7 +89,7 @@ def batch_norm(
 
     Raises:
       TypeError: an array is not real floating point, `stats` is no BatchStats or narrower than
-        float32, `train` or `skip_nonfinite` is not a bool; as `normalize`.
+        float32, `train`, `update_stats` or `skip_nonfinite` is not a bool; as `normalize`.
       ValueError: there is one value per channel in training, a shape does not fit, `epsilon` or
         `momentum` is out of range; as `normalize`.
       NameError: `axis_name` is not bound, in training.
@@ -94,7 +104,7 @@ def batch_norm(
       (Array([-1.2247,  0.    ,  1.2247], dtype=float32), \
 Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
       >>> y, _ = jaxbn.batch_norm(x, stats, train=False)
-      >>> bool(jnp.allclose(y, (x - stats.mean) / jnp.sqrt(stats.var + 1e-5)))
+      >>> bool(jnp.allclose(y, jaxbn.normalize(x, stats.mean, stats.var)))
       True
 
     References:
@@ -104,6 +114,8 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
     check_momentum(momentum)
     check_bool(train, "train")
     check_bool(skip_nonfinite, "skip_nonfinite")
+    if update_stats is not None:
+        check_bool(update_stats, "update_stats")
     if stats is not None:
         stats = checked_stats(stats)
     options: dict[str, Any] = {
@@ -115,28 +127,31 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
         "residual": residual,
     }
 
+    devices: dict[str, Any] = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
     by_batch = functools.partial(
-        batch_normalize,
-        x,
-        scale,
-        bias,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        virtual_batch_size=virtual_batch_size,
-        **options,
+        batch_normalize, x, scale, bias, virtual_batch_size=virtual_batch_size, **devices, **options
     )
     if stats is None:
         return by_batch()[0], None
 
     def in_training() -> tuple[jax.Array, BatchStats]:
         y, moments = by_batch()
-        return y, update_batch_stats(
-            stats, moments, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite
-        )
+        return y, folded_in(lambda: moments, True if update_stats is None else update_stats)
 
     def in_inference() -> tuple[jax.Array, BatchStats]:
         y = normalize(x, stats.mean, stats.var, scale, bias, **options)
-        return y, jax.lax.stop_gradient(stats)
+        of_batch = functools.partial(batch_moments, x, axis=axis, mask=mask, **devices)
+        return y, folded_in(of_batch, False if update_stats is None else update_stats)
+
+    def folded_in(moments: Callable[[], Moments], update: Flag) -> BatchStats:
+        old = jax.lax.stop_gradient(stats)
+        traced = isinstance(update, jax.core.Tracer)
+        if not traced and not update:
+            return old
+        new = update_batch_stats(
+            stats, moments(), momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite
+        )
+        return jax.tree.map(functools.partial(jnp.where, update), new, old) if traced else new
 
     if isinstance(train, jax.core.Tracer):
         return _either(train, in_training, in_inference)

@@ -37,7 +37,7 @@ def weight_decay_mask(params: Any) -> Any:
       `mask` of `optax.adamw` and `optax.add_decayed_weights`.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths = [_names(path) for path, _ in leaves]
+    paths = [names_on(path) for path, _ in leaves]
     vectors = {
         path for path, (_, leaf) in zip(paths, leaves, strict=True) if getattr(leaf, "ndim", 0) < 2
     }
@@ -57,7 +57,7 @@ def weight_decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_unflatten(treedef, map(decays, paths))
 
 
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+def names_on(path: tuple[Any, ...]) -> tuple[str, ...]:
     """The keys of a path as names, without the one that NNX puts between variable and array."""
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]

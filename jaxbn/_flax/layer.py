@@ -31,10 +31,18 @@ EFFECTS = (
 )
 
 
-def mode(inference: Any) -> Any:
-    """Whether to train, where `use_running_average` says whether not to."""
+def modes(layer: Module, inference: Any) -> tuple[Any, Any]:
+    """Whether a batch normalizes itself, and whether it goes into the running statistics."""
+    if layer.frozen:
+        return False, False
     check_bool(inference, "use_running_average")
-    return jnp.logical_not(inference) if isinstance(inference, jax.core.Tracer) else not inference
+    traced = isinstance(inference, jax.core.Tracer)
+    train = jnp.logical_not(inference) if traced else not inference
+    update = layer.update_stats
+    if update is None:
+        return train, train
+    check_bool(update, "update_stats")
+    return train, update if isinstance(update, jax.core.Tracer) else bool(update)
 
 
 def check_layout(layer: Module, shape: tuple[int, ...]) -> None:
@@ -75,6 +83,7 @@ def torch_layer(
     scale: jax.Array | None,
     bias: jax.Array | None,
     train: Any,
+    update: Any,
     *,
     activation: str | Activation | None,
     mask: ArrayLike | None,
@@ -89,6 +98,7 @@ def torch_layer(
         scale,
         bias,
         train=train,
+        update=update,
         axis=layer.axis,
         dtype=jnp.dtype(layer.dtype or x.dtype),
         momentum=layer.momentum,
@@ -108,6 +118,7 @@ def flax_layer(
     scale: jax.Array | None,
     bias: jax.Array | None,
     train: Any,
+    update: Any,
     *,
     dtype: DTypeLike,
     activation: str | Activation | None,
@@ -128,6 +139,7 @@ def flax_layer(
         _layer,
         layer,
         train=train,
+        update=update,
         dtype=dtype,
         momentum=1 - layer.momentum,
         unbiased=False,
@@ -156,6 +168,7 @@ def _layer(
     bias: jax.Array | None,
     *,
     train: Any,
+    update: Any,
     axis: int,
     dtype: DTypeLike,
     epsilon: Number,
@@ -168,7 +181,13 @@ def _layer(
 ) -> tuple[jax.Array, Running]:
     fixed: dict[str, Any] = {"axis": axis, "epsilon": epsilon, "dtype": dtype, "mask": mask}
     fused: dict[str, Any] = {"activation": activation, "residual": residual}
-    groups: dict[str, Any] = {"virtual_batch_size": layer.virtual_batch_size}
+    # The defaults are None, which complex numbers need.
+    groups: dict[str, Any] = {
+        "virtual_batch_size": layer.virtual_batch_size,
+        "update_stats": None if update is train or initializing else update,
+    }
+    if not layer.train_affine:
+        scale, bias = jax.lax.stop_gradient((scale, bias))
     of_batch, normalized, whole = REAL
     if jnp.issubdtype(dtype, jnp.complexfloating):
         _check_real_only(fused | groups)

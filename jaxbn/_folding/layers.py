@@ -88,7 +88,7 @@ def fold_into_conv(
       ...     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", None, None, layouts)
       >>> folded, bias = jaxbn.fold_into_conv(kernel, None, mean, var)
       >>> y = jaxbn.normalize(conv(kernel), mean, var)
-      >>> bool(jnp.allclose(conv(folded) + bias, y, atol=1e-5))
+      >>> bool(jnp.allclose(conv(folded) + bias.reshape(1, 1, 1, -1), y, atol=1e-5))
       True
 
     References:

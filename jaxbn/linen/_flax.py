@@ -70,6 +70,9 @@ class BatchNorm(nn.Module):
       skip_nonfinite: keep the statistics of a channel if the batch has NaN or infinity in it.
       virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
         each normalized by itself: ghost batch norm. The running statistics take the merged moments.
+      update_stats: whether a batch goes into the running statistics; None for training mode alone.
+      train_affine: False stops the gradients of `scale` and `bias`.
+      frozen: whether to normalize by the running statistics and leave them, in every mode.
 
     Raises:
       TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
@@ -110,6 +113,9 @@ class BatchNorm(nn.Module):
     activation: str | Activation | None = None
     skip_nonfinite: Flag = False
     virtual_batch_size: Integer | None = None
+    update_stats: Flag | None = None
+    train_affine: bool = True
+    frozen: bool = False
 
     @nn.compact
     def __call__(
@@ -134,13 +140,14 @@ class BatchNorm(nn.Module):
         """
         x = checked_array(x, "x")
         features = tuple(x.shape[axis] for axis in feature_axes(self.axis, x.shape))
-        train = training_mode(self, use_running_average)
+        train, update = training_mode(self, use_running_average)
         running = running_statistics(
             self,
             features,
             jnp.float32 if self.force_float32_reductions else self.param_dtype,
             ("mean", "var"),
             train,
+            update,
         )
         before = values(running)
         check_channels(self, x.shape, before["mean"].shape)
@@ -154,12 +161,13 @@ class BatchNorm(nn.Module):
             scale,
             bias,
             train,
+            update,
             dtype=dtype,
             activation=activation(self, x.shape),
             mask=mask,
             residual=residual,
             initializing=self.is_initializing(),
         )
-        if train is not False:
+        if update is not False:
             store(running, after)
         return y

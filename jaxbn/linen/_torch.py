@@ -44,6 +44,9 @@ class _TorchBatchNorm(nn.Module):
     skip_nonfinite: Flag = False
     axis_index_groups: AxisIndexGroups = None
     virtual_batch_size: Integer | None = None
+    update_stats: Flag | None = None
+    train_affine: bool = True
+    frozen: bool = False
 
     layouts: ClassVar[tuple[str, ...]] = ()  # without the C, whose place is `axis`
 
@@ -72,11 +75,11 @@ class _TorchBatchNorm(nn.Module):
         check_layout(self, x.shape)
         features = (self.num_features,)
         check_channels(self, x.shape, features)
-        train = training_mode(self, use_running_average)
+        train, update = training_mode(self, use_running_average)
         running = {}
         if self.track_running_stats or self.has_variable("batch_stats", "mean"):
             running = running_statistics(
-                self, features, self.param_dtype, BatchStats._fields, train
+                self, features, self.param_dtype, BatchStats._fields, train, update
             )
         scale, bias = scale_and_bias(self, features, self.affine, self.affine and self.bias)
         y, after = torch_layer(
@@ -86,12 +89,13 @@ class _TorchBatchNorm(nn.Module):
             scale,
             bias,
             train,
+            update,
             activation=activation(self, x.shape),
             mask=mask,
             residual=residual,
             initializing=self.is_initializing(),
         )
-        if self.track_running_stats and train is not False:
+        if self.track_running_stats and update is not False:
             store(running, after)
         return y
 
@@ -134,6 +138,9 @@ class BatchNorm1d(_TorchBatchNorm):
       axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
       virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
         each normalized by itself: ghost batch norm. The running statistics take the merged moments.
+      update_stats: whether a batch goes into the running statistics; None for training mode alone.
+      train_affine: False stops the gradients of `scale` and `bias`.
+      frozen: whether to normalize by the running statistics and leave them, in every mode.
 
     Raises:
       TypeError: the input is not real floating point.

@@ -12,24 +12,30 @@ from flax.typing import Dtype
 
 from jaxbn._activation import Activation, is_own
 from jaxbn._checks import statistics_dtype
-from jaxbn._flax.layer import EFFECTS, Running, mode
+from jaxbn._flax.layer import EFFECTS, Running, modes
 from jaxbn._stats import init_batch_stats
 from jaxbn._types import Flag
 
 
-def training_mode(module: nn.Module, use_running_average: Flag | None) -> Any:
-    return mode(
-        nn.merge_param("use_running_average", module.use_running_average, use_running_average)
+def training_mode(module: nn.Module, use_running_average: Flag | None) -> tuple[Any, Any]:
+    return modes(
+        module,
+        nn.merge_param("use_running_average", module.use_running_average, use_running_average),
     )
 
 
 def running_statistics(
-    module: nn.Module, shape: Sequence[int], dtype: Dtype, names: Sequence[str], train: Any
+    module: nn.Module,
+    shape: Sequence[int],
+    dtype: Dtype,
+    names: Sequence[str],
+    train: Any,
+    update: Any,
 ) -> dict[str, nn.Variable[jax.Array]]:
     if not module.is_initializing():
         held = module.variables.get("batch_stats", {})
         _check_collection(module, held, train)
-        if train is False:  # creates nothing, and needs no count
+        if update is False:  # creates nothing, and needs no count
             names = [name for name in names if name in held]
 
     def initial(name: str) -> jax.Array:

@@ -5,6 +5,8 @@
 """
 
 from jaxbn.nnx._flax import BatchNorm as BatchNorm
+from jaxbn.nnx._freeze import freeze as freeze
+from jaxbn.nnx._freeze import unfreeze as unfreeze
 from jaxbn.nnx._torch import BatchNorm1d as BatchNorm1d
 from jaxbn.nnx._torch import BatchNorm2d as BatchNorm2d
 from jaxbn.nnx._torch import BatchNorm3d as BatchNorm3d

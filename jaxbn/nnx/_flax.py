@@ -65,6 +65,9 @@ class BatchNorm(BatchNormLayer):
       skip_nonfinite: keep the statistics of a channel if the batch has NaN or infinity in it.
       virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
         each normalized by itself: ghost batch norm. The running statistics take the merged moments.
+      update_stats: whether a batch goes into the running statistics; None for training mode alone.
+      train_affine: False stops the gradients of `scale` and `bias`.
+      frozen: whether to normalize by the running statistics and leave them, in every mode.
 
     Raises:
       TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
@@ -113,6 +116,9 @@ class BatchNorm(BatchNormLayer):
         activation: str | Activation | None = None,
         skip_nonfinite: Flag = False,
         virtual_batch_size: Integer | None = None,
+        update_stats: Flag | None = None,
+        train_affine: bool = True,
+        frozen: bool = False,
     ) -> None:
         stats = init_batch_stats(num_features)
         self.mean = nnx.BatchStat(stats.mean)
@@ -136,6 +142,9 @@ class BatchNorm(BatchNormLayer):
         self.activation = activation
         self.skip_nonfinite = skip_nonfinite
         self.virtual_batch_size = virtual_batch_size
+        self.update_stats = update_stats
+        self.train_affine = train_affine
+        self.frozen = frozen
 
     def __call__(
         self,
@@ -160,7 +169,7 @@ class BatchNorm(BatchNormLayer):
         """
         x = checked_array(x, "x")
         check_channels(self, x.shape, (self.num_features,))
-        train = self._training(use_running_average)
+        train, update = self._modes(use_running_average)
         running = self._running(("mean", "var"))
         scale, bias = value(self.scale), value(self.bias)
         arrays = (x, running["mean"], running["var"], scale, bias)
@@ -176,11 +185,12 @@ class BatchNorm(BatchNormLayer):
             scale,
             bias,
             train,
+            update,
             dtype=dtype,
             activation=self._activation(),
             mask=mask,
             residual=residual,
         )
-        if train is not False:
+        if update is not False:
             self._store(new)
         return y

@@ -42,6 +42,9 @@ class _TorchBatchNorm(BatchNormLayer):
         skip_nonfinite: Flag = False,
         axis_index_groups: AxisIndexGroups = None,
         virtual_batch_size: Integer | None = None,
+        update_stats: Flag | None = None,
+        train_affine: bool = True,
+        frozen: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         self.scale = parameter(affine, scale_init, num_features, param_dtype, rngs, {})
@@ -64,6 +67,9 @@ class _TorchBatchNorm(BatchNormLayer):
         self.skip_nonfinite = skip_nonfinite
         self.axis_index_groups = axis_index_groups
         self.virtual_batch_size = virtual_batch_size
+        self.update_stats = update_stats
+        self.train_affine = train_affine
+        self.frozen = frozen
 
     def __call__(
         self,
@@ -89,7 +95,7 @@ class _TorchBatchNorm(BatchNormLayer):
         x = checked_float(x, "x")
         check_layout(self, x.shape)
         check_channels(self, x.shape, (self.num_features,))
-        train = self._training(use_running_average)
+        train, update = self._modes(use_running_average)
         y, new = torch_layer(
             self,
             x,
@@ -97,11 +103,12 @@ class _TorchBatchNorm(BatchNormLayer):
             value(self.scale),
             value(self.bias),
             train,
+            update,
             activation=self._activation(),
             mask=mask,
             residual=residual,
         )
-        if self.track_running_stats and train is not False:
+        if self.track_running_stats and update is not False:
             self._store(new)
         return y
 
@@ -143,6 +150,9 @@ class BatchNorm1d(_TorchBatchNorm):
       axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
       virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
         each normalized by itself: ghost batch norm. The running statistics take the merged moments.
+      update_stats: whether a batch goes into the running statistics; None for training mode alone.
+      train_affine: False stops the gradients of `scale` and `bias`.
+      frozen: whether to normalize by the running statistics and leave them, in every mode.
       rngs: random numbers for the initializers.
 
     Raises:

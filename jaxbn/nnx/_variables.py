@@ -9,7 +9,7 @@ from flax.errors import TraceContextError
 from flax.typing import Dtype, Initializer
 
 from jaxbn._activation import Activation, is_own
-from jaxbn._flax.layer import EFFECTS, Running, mode
+from jaxbn._flax.layer import EFFECTS, Running, modes
 from jaxbn._types import Flag, Integer
 
 
@@ -37,35 +37,49 @@ class BatchNormLayer(nnx.Module):
 
     use_running_average: Flag | None
     activation: str | Activation | None
+    update_stats: Flag | None
+    train_affine: bool
+    frozen: bool
 
-    def set_view(self, use_running_average: Flag | None = None) -> None:
+    def set_view(
+        self, use_running_average: Flag | None = None, update_stats: Flag | None = None
+    ) -> None:
         """Chooses the mode of a layer, for `nnx.view`.
 
         Args:
           use_running_average: whether to normalize by the running statistics.
+          update_stats: whether a batch goes into the running statistics.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+        if update_stats is not None:
+            self.update_stats = update_stats
 
-    def set_mode(self, use_running_average: Flag | None = None, **others: Any) -> dict[str, Any]:
+    def set_mode(
+        self,
+        use_running_average: Flag | None = None,
+        update_stats: Flag | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
         """Chooses the mode of a layer, for `nnx.set_mode`, which came before `nnx.view`.
 
         Args:
           use_running_average: whether to normalize by the running statistics.
+          update_stats: whether a batch goes into the running statistics.
           **others: settings of other layers, which are returned.
         """
-        self.set_view(use_running_average)
+        self.set_view(use_running_average, update_stats)
         return others
 
-    def _training(self, use_running_average: Flag | None) -> Any:
+    def _modes(self, use_running_average: Flag | None) -> tuple[Any, Any]:
         chosen = self.use_running_average if use_running_average is None else use_running_average
-        if chosen is None:
+        if chosen is None and not self.frozen:
             name = type(self).__name__
             raise ValueError(
                 f"{name} needs `use_running_average`, True for inference, False for training; got "
                 f"None. Give it to the call or to {name}, or call train() or eval() on the model."
             )
-        return mode(chosen)
+        return modes(self, chosen)
 
     def _activation(self) -> str | Activation | None:
         """The layer's activation, which may read variables of modules, but not write any."""

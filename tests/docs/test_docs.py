@@ -64,7 +64,7 @@ def test_snippet(snippet, monkeypatch):
         if name in OPTIONAL:
             pytest.importorskip(name, reason=f"{name} is not installed")
     names = {}
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(snippet, names)
         if "assert " not in snippet:
             (result,) = (result for name, result in RESULTS.items() if name in names)

@@ -288,7 +288,8 @@ def test_a_checkpoint_without_a_count_is_read():
     stats = {"mean": batch(1)[0], "var": batch(2)[0] ** 2}
     given = {**variables, "batch_stats": stats}
     y = layer.apply(given, x, True)
-    expected = (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
+    mean, var = (np.asarray(stats[name]) for name in ("mean", "var"))
+    expected = (np.asarray(x) - mean) / np.sqrt(var + 1e-5)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
     _, after = train(layer, given, x, use_running_average=False)
     assert after["batch_stats"]["count"] == 1

@@ -299,9 +299,9 @@ def test_statistics_that_are_there_are_used_but_not_updated_when_untracked():
     assert_equal(arrays(layer), before)
     layer.eval()
     y = layer(batch(2, (6, 4)))
-    np.testing.assert_allclose(
-        y, (batch(2, (6, 4)) - before["mean"]) / np.sqrt(before["var"] + 1e-5), rtol=1e-5, atol=1e-6
-    )
+    mean, var = (np.asarray(before[name]) for name in ("mean", "var"))
+    expected = (np.asarray(batch(2, (6, 4))) - mean) / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_modes():
