@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import interruption
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -77,6 +78,7 @@ def joined(flags: argparse.Namespace, prefix: str, run: Callable[[], int]) -> in
         "out of reach; start all of them again",
     )
     missing = f"not all processes of the run could be reached within {timeout} seconds"
+    interruption.before = witness.dismiss
     late = threading.Timer(timeout, witness.abandon, [missing])
     late.start()
     try:
@@ -97,11 +99,14 @@ def joined(flags: argparse.Namespace, prefix: str, run: Callable[[], int]) -> in
         witness.abandon(
             f"a computation failed, likely for the loss of another process: {_first_line(error)}"
         )
+    except SystemExit:
+        witness.abandon(failed)
     except BaseException:
         traceback.print_exc()
         witness.abandon(failed)
     alone.cancel()
     witness.dismiss()
+    interruption.before = None
     return status
 
 
