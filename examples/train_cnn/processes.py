@@ -91,7 +91,7 @@ def joined(flags: argparse.Namespace, prefix: str, run: Callable[[], int]) -> in
     # The others may have failed alike. If not, they wait in a computation for this one.
     alone = threading.Timer(GRACE, witness.abandon, [failed])
     try:
-        status = run()
+        status = _status(run)
         if status:
             alone.start()
         jax.distributed.shutdown()
@@ -99,8 +99,6 @@ def joined(flags: argparse.Namespace, prefix: str, run: Callable[[], int]) -> in
         witness.abandon(
             f"a computation failed, likely for the loss of another process: {_first_line(error)}"
         )
-    except SystemExit:
-        witness.abandon(failed)
     except BaseException:
         traceback.print_exc()
         witness.abandon(failed)
@@ -108,6 +106,13 @@ def joined(flags: argparse.Namespace, prefix: str, run: Callable[[], int]) -> in
     witness.dismiss()
     interruption.before = None
     return status
+
+
+def _status(run: Callable[[], int]) -> int:
+    try:
+        return run()
+    except SystemExit as error:  # for a flag, of which was said what is wrong
+        return int(error.code or 0)
 
 
 def _first_line(error: Exception) -> str:

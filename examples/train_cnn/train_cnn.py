@@ -226,8 +226,12 @@ def introduce(trainer: Trainer, sharding: NamedSharding, console: Console) -> No
     if damaged := trainer.lines.damaged:
         console.print(f"{trainer.lines.path}: left out {damaged} damaged lines", soft_wrap=True)
     if flags.resume:
-        goes_on = f"goes on after step {trainer.done}" if trainer.done else "nothing to resume yet"
-        console.print(goes_on)
+        console.print(
+            f"goes on after step {trainer.done}" if trainer.done else "nothing to resume yet"
+        )
+    *ended, last = trainer.config["cycles"]
+    if ended:
+        console.print(f"after epoch {ended[-1]} the learning rate rises anew, to fall until {last}")
 
 
 def report(trainer: Trainer, console: Console) -> None:
@@ -264,7 +268,7 @@ def run_all(flags: argparse.Namespace, arguments: list[str], sharding: NamedShar
         run(flags, arguments, sharding, console)
         return
     histories = {}
-    if flags.output and first:
+    if flags.output:
         owned = any(folders.is_own(flags.output / norm) for norm in NORMS)
         folders.refuse_others(flags.output, [folders.COMPARISON], owned)
     for norm in flags.compare or NORMS:
