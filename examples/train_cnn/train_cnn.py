@@ -144,6 +144,15 @@ def open_checkpoints(
     return checkpoints
 
 
+def check_start(flags: argparse.Namespace, begun: bool) -> None:
+    """Refuses to resume what has not begun, unless the flags say which data to begin with."""
+    if flags.resume and not begun and flags.data is None and flags.dataset is None:
+        raise CheckpointError(
+            f"{flags.output}: no checkpoint to go on from; to begin a run there give its --data or "
+            "--dataset"
+        )
+
+
 class Prepared(NamedTuple):
     """What a run begins with, read and checked."""
 
@@ -158,15 +167,12 @@ def prepare(
     flags: argparse.Namespace, arguments: list[str], context: contextlib.ExitStack
 ) -> Prepared:
     """Reads the data and the newest checkpoint, whose flags stand where none are given."""
+    check_start(flags, flags.output is not None and folders.is_own(flags.output))
     checkpoints = open_checkpoints(flags, context)
     saved = checkpoints.run()["config"] if checkpoints and checkpoints.steps else None
+    check_start(flags, saved is not None)
     if saved is not None:
         flags = parse(DESCRIPTION, arguments, saved)
-    elif flags.resume and flags.data is None and flags.dataset is None:
-        raise CheckpointError(
-            f"{flags.output}: no checkpoint to go on from; to begin a run there give its --data or "
-            "--dataset"
-        )
     dataset = load_data(flags)
     config = configuration(flags, dataset, saved)
     if saved is not None and saved["digest"] != config["digest"]:

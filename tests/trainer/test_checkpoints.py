@@ -13,6 +13,7 @@ import time
 
 import checkpoints
 import figures
+import folders
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -389,9 +390,15 @@ def test_one_run_at_a_time(copied, capsys):
 
 
 def test_nothing_to_resume_and_no_data(tmp_path, capsys):
-    assert train_cnn.main(["--output", str(tmp_path), "--resume"]) == 1
-    error = f"{tmp_path}: no checkpoint to go on from; to begin a run there give its --data"
-    assert error in capsys.readouterr().err
+    """Never the digits; a folder of another name, by mistake, is not made."""
+    path = tmp_path / "run"
+    for again in range(2):
+        assert train_cnn.main(["--output", str(path), "--resume"]) == 1
+        error = f"{path}: no checkpoint to go on from; to begin a run there give its --data"
+        assert error in capsys.readouterr().err
+        assert path.exists() == bool(again)
+        with folders.held(path):  # as a run does that is killed in its first epoch
+            pass
 
 
 def test_more_epochs(copied, capsys):
