@@ -161,16 +161,16 @@ def fail(error: object) -> int:
 
 def answer(network: Network, paths: list[pathlib.Path]) -> int:
     """Prints the classes of each image, and says which cannot be read; the exit status."""
-    status, pictures = 0, {}
+    status, read = 0, []
     for path in paths:
         try:
-            pictures[path] = read_image(path, network.shape)
+            read.append((path, read_image(path, network.shape)))
         except ImageError as error:
             status = fail(error)
-    if pictures:
-        images = jnp.asarray(np.stack([picture.pixels for picture in pictures.values()]))
+    if read:
+        images = jnp.asarray(np.stack([picture.pixels for _, picture in read]))
         probabilities = np.asarray(jax.jit(network.classify)(images))
-        for (path, picture), row in zip(pictures.items(), probabilities, strict=True):
+        for (path, picture), row in zip(read, probabilities, strict=True):
             print(told(path, picture.frames, row, network.names))
     return status
 

@@ -29,7 +29,8 @@ def refuse_others(folder: pathlib.Path, names: list[str], owned: bool) -> None:
     filled = [path for path in found if not path.is_dir() or any(path.iterdir())]
     if filled and not owned:
         raise CheckpointError(
-            f"{filled[0]}: is there already and from no run of {PROGRAM}; give another --output"
+            f"{filled[0]}: is there already, and the folder is not marked as that of a run of "
+            f"{PROGRAM}; give another --output, or remove what is in the way"
         )
 
 

@@ -347,7 +347,8 @@ def test_files_of_others_are_kept(name, images, tmp_path, capsys):
     path.write_text("theirs")
     for resume in ([], ["--resume"]):
         assert train_cnn.main([*images, "--output", str(tmp_path / "theirs"), *resume]) == 1
-        assert "is there already and from no run of train_cnn.py" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "is there already, and the folder is not marked as that of a run of train_" in error
     assert path.read_text() == "theirs"
     assert [p for p in (tmp_path / "theirs").rglob("*") if p.is_file()] == [path]
 

@@ -220,11 +220,12 @@ def test_a_bad_file_does_not_hide_the_others(tmp_path, capsys):
     paths[1].write_text("no image")
     frames[0].save(paths[2], save_all=True, append_images=frames[1:])
     network = classify.Network(darkness, (9, 8, 1), ["dark", "light"], Pixels(0, 1, 0, 255))
-    assert classify.answer(network, paths) == 1
+    assert classify.answer(network, [*paths, paths[0]]) == 1
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
         f"{paths[0]}: dark 100.0%, light 0.0%",
         f"{paths[2]} (frame 1 of 3): light 100.0%, dark 0.0%",
+        f"{paths[0]}: dark 100.0%, light 0.0%",
     ]
     bad, missing = captured.err.splitlines()
     assert bad.startswith(f"classify.py: error: {paths[1]}: not an image that can be read")
