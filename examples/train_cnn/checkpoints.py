@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_manager import MultiprocessingOptions
 
-FORMAT = 1
+FORMAT = 2
 PROGRAM = "train_cnn.py"
 KEPT = 2  # the newest, and the one before it
 
@@ -88,7 +88,7 @@ class Checkpoints:
         items = ocp.args.Composite(run=ocp.args.JsonRestore())
         run: Any = self._restored(items)["run"]
         if not isinstance(run, dict) or run.get("program") != PROGRAM:
-            raise CheckpointError(f"{self._newest}: not a checkpoint of {PROGRAM}")
+            raise self._broken(f"not a checkpoint of {PROGRAM}")
         if run.get("format") != FORMAT:
             raise CheckpointError(
                 f"{self._newest}: written in format {run.get('format')} by another version of "
@@ -106,7 +106,7 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         state = self._restored(items)["state"]
         if digest(state) != run["digest"]:
-            raise CheckpointError(f"{self._newest}: the arrays are not those that were written")
+            raise self._broken("the arrays are not those that were written")
         return Saved(state, run)
 
     @property
@@ -119,10 +119,12 @@ class Checkpoints:
         try:
             return self.manager.restore(self.steps[-1], args=items)
         except Exception as error:
-            before = f"; remove it to go on from step {self.steps[-2]}" if self.steps[1:] else ""
-            raise CheckpointError(
-                f"{self._newest}: broken, or not a checkpoint of {PROGRAM}: {reason(error)}{before}"
-            ) from error
+            told = f"broken, or not a checkpoint of {PROGRAM}: {reason(error)}"
+            raise self._broken(told) from error
+
+    def _broken(self, told: str) -> CheckpointError:
+        before = f"; remove it to go on from step {self.steps[-2]}" if self.steps[1:] else ""
+        return CheckpointError(f"{self._newest}: {told}{before}")
 
 
 def digest(state: Any) -> str:

@@ -11,6 +11,11 @@ import data
 from model import MODELS, NORMS
 from processes import TIMEOUT
 
+LARGEST = 2**31 - 1
+BATCH_SIZE = 64
+# Flags of a run that can be changed when it goes on: no step that was taken depends on them.
+CHANGEABLE = ("save_every", "steps_per_call", "stream", "range")
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a bad flag in one line."""
@@ -20,17 +25,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
-def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Any:
-    """An argparse type: a number from `low` (or above it) to `high`."""
+def number(kind: type, low: float, high: float | None = None, *, above: bool = False) -> Any:
+    """An argparse type: a number from `low` (or above it) to `high`, or to the largest int32."""
+    most = LARGEST if high is None else high
 
     def convert(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high or (above and value == low):
+        if value is None or not low <= value <= most or (above and value == low):
             bounds = f"{'above' if above else 'at least'} {low}"
-            bounds += f" and at most {high}" if high < float("inf") else ""
+            large = value is not None and value > most
+            bounds += f" and at most {most}" if large or high is not None else ""
             word = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {word} {bounds}; got {text!r}")
         return value
@@ -69,17 +76,34 @@ def parse(
         paths = {name: path and pathlib.Path(path) for name, path in saved["paths"].items()}
         parser.set_defaults(**saved["flags"], **paths)
     flags = parser.parse_args(arguments)
-    for name, value in saved["flags"].items() if saved else ():
-        if getattr(flags, name) != value:
-            parser.error(
-                f"--{name.replace('_', '-')} is {value} in the run to be resumed; got "
-                f"{getattr(flags, name)}: leave it out, or give another --output"
-            )
+    if saved is not None:
+        check_resumed(parser, flags, saved["flags"])
     check_data(parser, flags)
-    if (flags.resume or flags.save_every) and flags.output is None:
-        parser.error("--resume and --save-every take an --output folder with checkpoints")
+    for name, given in (("--resume", flags.resume), ("--save-every", flags.save_every)):
+        if given and flags.output is None:
+            parser.error(f"{name} takes an --output folder, with or for checkpoints")
+    read_environment(parser, flags)
     check_processes(parser, flags)
     return flags
+
+
+def check_resumed(parser: Parser, flags: argparse.Namespace, saved: dict[str, Any]) -> None:
+    """Refuses flags by which the steps already taken would have been others."""
+    if flags.epochs < saved["epochs"]:
+        parser.error(
+            f"--epochs is {saved['epochs']} in the run to be resumed, which can be more, not less; "
+            f"got {flags.epochs}"
+        )
+    for name, value in saved.items():
+        given = getattr(flags, name)
+        if given != value and name not in (*CHANGEABLE, "epochs"):
+            flag = name.replace("_", "-")
+            was = "is not given" if value is None else f"is {value}"
+            got = f"--{'' if given else 'no-'}{flag}" if isinstance(given, bool) else given
+            parser.error(
+                f"--{flag} {was} in the run to be resumed; got {got}: leave it out, or give "
+                "another --output"
+            )
 
 
 def add_training(parser: Parser) -> None:
@@ -101,7 +125,12 @@ def add_training(parser: Parser) -> None:
     add = functools.partial(parser.add_argument, metavar="N")
     add("--ghost-size", type=number(int, 2), default=16, help="samples in a group (%(default)s)")
     add("--epochs", type=number(int, 1), default=30, help="passes over the data (%(default)s)")
-    add("--batch-size", type=number(int, 2), default=64, help="images per step (%(default)s)")
+    add(
+        "--batch-size",
+        type=number(int, 2),
+        default=BATCH_SIZE,
+        help="images per step (%(default)s)",
+    )
     add(
         "--learning-rate",
         type=number(float, 0, 1e3, above=True),
@@ -140,7 +169,8 @@ def add_output(parser: Parser) -> None:
     group.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint in the output folder, with its flags",
+        help="go on from the newest checkpoint in the output folder, with its flags; more --epochs "
+        "are a further cycle of the learning rate",
     )
     group.add_argument(
         "--save-every",
@@ -171,6 +201,14 @@ def add_data(parser: Parser) -> None:
         help=f"images and labels: {', '.join(data.KEYS)}",
     )
     group.add_argument(
+        "--range",
+        nargs=2,
+        type=number(float, -1e18, 1e18),
+        metavar=("BLACK", "WHITE"),
+        help="the pixels that 0 and 255 in image files stand for (0 255 in integers; 0 1, -1 1 or "
+        "0 255 in floats within; else the least and the largest)",
+    )
+    group.add_argument(
         "--shift",
         type=number(int, 0),
         metavar="PIXELS",
@@ -194,31 +232,30 @@ def check_data(parser: Parser, flags: argparse.Namespace) -> None:
         parser.error("--data and --dataset exclude each other")
     if flags.data_dir is not None and flags.dataset not in data.PACKAGES:
         parser.error(f"--data-dir is for --dataset {' or '.join(data.PACKAGES)}")
+    if flags.range is not None and flags.range[0] == flags.range[1]:
+        parser.error(f"--range must be two numbers that differ; got {flags.range[0]:g} twice")
 
 
 def add_processes(parser: Parser) -> None:
-    """The flags of several processes; argparse converts what the environment has like a flag."""
+    """The flags of several processes, for which variables of the environment stand too."""
     group = parser.add_argument_group(
         "several processes", "each gets the same flags, but its own id"
     )
     group.add_argument(
         "--coordinator",
         type=address,
-        default=os.environ.get("JAX_COORDINATOR_ADDRESS"),
         metavar="HOST:PORT",
         help="where process 0 is to be reached (JAX_COORDINATOR_ADDRESS)",
     )
     group.add_argument(
         "--processes",
         type=number(int, 1),
-        default=os.environ.get("JAX_NUM_PROCESSES"),
         metavar="N",
         help="how many there are (JAX_NUM_PROCESSES)",
     )
     group.add_argument(
         "--process-id",
         type=number(int, 0),
-        default=os.environ.get("JAX_PROCESS_ID"),
         metavar="N",
         help="which of them this is, from 0, which prints and writes (JAX_PROCESS_ID)",
     )
@@ -233,6 +270,23 @@ def add_processes(parser: Parser) -> None:
         metavar="SECONDS",
         help=f"end when another process is missing, dead or silent for so long ({TIMEOUT})",
     )
+
+
+VARIABLES = {
+    "coordinator": ("JAX_COORDINATOR_ADDRESS", address),
+    "processes": ("JAX_NUM_PROCESSES", number(int, 1)),
+    "process_id": ("JAX_PROCESS_ID", number(int, 0)),
+}
+
+
+def read_environment(parser: Parser, flags: argparse.Namespace) -> None:
+    """Takes from the environment which flags of several processes are not given."""
+    for name, (variable, kind) in VARIABLES.items():
+        if getattr(flags, name) is None and variable in os.environ:
+            try:
+                setattr(flags, name, kind(os.environ[variable]))
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"{variable} {error}")
 
 
 def check_processes(parser: Parser, flags: argparse.Namespace) -> None:

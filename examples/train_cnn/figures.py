@@ -1,22 +1,36 @@
 """Figures of a training run."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from data import Dataset
-from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import PowerNorm, SymLogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, SymmetricalLogLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    SymmetricalLogLocator,
+)
+from model import NORMS
+from numpy.typing import NDArray
 from records import Epoch
 from steps import Results
 
+Numbers = NDArray[np.float64]
+
 # Okabe and Ito's palette, told apart by colour-blind readers too; markers where lines coincide.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-MARKERS = ("o", "s", "^", "D")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":")
 MISTAKES = 24
+NAMED = 30  # classes or layers that each have their name at an axis
+STILL = 1e-4  # a drift below is as good as none
 
 
 def draw_run(
@@ -25,8 +39,8 @@ def draw_run(
     """Draws the figures of one run into PNG files of the folder.
 
     `history.png` has loss, accuracy and, with batch norm, how the accuracy by batch statistics
-    differs; `drift.png` the drift of the running statistics of each layer; `confusion.png` what is
-    taken for what; `mistakes.png` the most confident mistakes. The drift takes two epochs.
+    differs; `drift.png` the drift of the running statistics of each layer, which takes two epochs;
+    `confusion.png` what is taken for what; `mistakes.png` the most confident mistakes.
     """
     drawn = {
         "history": draw_history(history),
@@ -48,39 +62,61 @@ def draw_history(history: list[Epoch]) -> Figure:
     for part, color, marker in zip(("train", "test"), COLORS, MARKERS, strict=False):
         for axes, name, unit in ((panels[0], "loss", 1), (panels[1], "accuracy", 100)):
             values = [unit * getattr(epoch, f"{part}_{name}") for epoch in history]
-            _line(axes, values, part, color, marker)
-    panels[0].set(title="Loss", ylabel="cross-entropy (nats)", yscale="log")
+            _line(axes, values, part, color, marker, size=7 if part == "train" else 4)
+    panels[0].set(title="Loss", ylabel="cross-entropy (nats)")
     panels[1].set(title="Accuracy", ylabel="accuracy (%)")
+    _logarithmic(panels[0])
+    _spanning(panels[1], 1, highest=100)
     if with_gap:
         gaps = [100 * (e.test_accuracy - (e.batch_accuracy or 0.0)) for e in history]
         _line(panels[2], gaps, "test", COLORS[1], MARKERS[1])
         panels[2].axhline(0, color="black", linewidth=0.8)
         panels[2].set(title="Running against batch statistics", ylabel="gain in accuracy (points)")
+        _spanning(panels[2], 1)
     figure.suptitle("training and test set")
-    return _finished(figure)
+    return _finished(figure, len(history))
 
 
 def draw_drift(history: list[Epoch]) -> Figure:
-    """The drift of each layer's running mean and variance over an epoch, from the second on."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    """The drift of each layer's running mean and variance over an epoch, from the second on.
+
+    Lines where there are few layers, else a map.
+    """
+    names = [name.partition("/")[0] for name in history[0].drift]
+    drift = np.array([[*epoch.drift.values()] for epoch in history[1:]])  # [epochs, layers, 2]
+    few = len(names) <= len(COLORS)
+    figure = Figure(figsize=(11, 4.5 if few else 7), layout="constrained")
     panels = figure.subplots(1, 2)
-    names = list(history[0].drift)
-    shades = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
-    for i, axes in enumerate(panels):
-        for j, name in enumerate(names):
-            values = [np.nan, *(epoch.drift[name][i] for epoch in history[1:])]
-            marker = MARKERS[j % len(MARKERS)]
-            _line(axes, values, name.partition("/")[0], shades[j], marker)
-        axes.set_yscale("symlog", linthresh=1e-4)  # with momentum 0 nothing drifts
-        ticks = SymmetricalLogLocator(linthresh=1e-4, base=10, subs=(1, 3))
+    (_drift_lines if few else _drift_map)(figure, panels, names, drift)
+    panels[0].set_title("Running mean: root mean square change (running std)", fontsize=10)
+    panels[1].set_title("Running variance: root mean square relative change", fontsize=10)
+    figure.suptitle("drift over an epoch, by layer from the first to the last")
+    return figure
+
+
+def _drift_lines(figure: Figure, panels: Any, names: list[str], drift: Numbers) -> None:
+    for values, axes in zip(np.moveaxis(drift, 2, 0), panels, strict=True):
+        for layer, name in enumerate(names):
+            color, marker = COLORS[layer], MARKERS[layer]
+            _line(axes, [np.nan, *values[:, layer]], name, color, marker)
+        axes.set_yscale("symlog", linthresh=STILL)  # with momentum 0 nothing drifts
+        axes.set_ylim(bottom=0)
+        ticks = SymmetricalLogLocator(linthresh=STILL, base=10, subs=(1, 3))
         axes.yaxis.set_major_locator(ticks)
         axes.yaxis.set_major_formatter("{x:g}")
-    panels[0].set(title="Running mean", ylabel="root mean square change (running std)")
-    panels[1].set(title="Running variance", ylabel="root mean square relative change")
-    figure.suptitle("drift over an epoch, by layer from the first to the last")
-    _finished(figure, legend=False)
+    _finished(figure, len(drift) + 1, legend=False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    return figure
+
+
+def _drift_map(figure: Figure, panels: Any, names: list[str], drift: Numbers) -> None:
+    norm = SymLogNorm(linthresh=STILL, vmin=0, vmax=max(drift.max(), 10 * STILL), base=10)
+    extent = (1.5, len(drift) + 1.5, len(names) - 0.5, -0.5)
+    for values, axes in zip(np.moveaxis(drift, 2, 0), panels, strict=True):
+        image = axes.imshow(values.T, norm=norm, extent=extent, aspect="auto", cmap="viridis")
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _named(axes.yaxis, names)
+    figure.colorbar(image, ax=panels, label="drift", format="{x:g}")
 
 
 def draw_confusion(results: Results, dataset: Dataset) -> Figure:
@@ -91,18 +127,16 @@ def draw_confusion(results: Results, dataset: Dataset) -> Figure:
     side = min(4 + 0.45 * dataset.classes, 16)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     figure.colorbar(image, label="share of the class", shrink=0.8)
-    if dataset.classes <= 30:
-        places = range(dataset.classes)
-        axes.set_xticks(places, dataset.names)
-        if max(map(len, dataset.names)) > 3:
-            axes.tick_params("x", rotation=90)
-        axes.set_yticks(places, dataset.names)
-        for row, column in np.argwhere(counts):
-            color = "white" if shares[row, column] > 0.5 else "black"
-            text = f"{counts[row, column]}"
-            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    _named(axes.xaxis, dataset.names)
+    _named(axes.yaxis, dataset.names)
+    if dataset.classes > 10 or max(map(len, dataset.names)) > 3:
+        axes.tick_params("x", rotation=90)
+    for row, column in np.argwhere(counts) if dataset.classes <= NAMED else ():
+        color = "white" if shares[row, column] > 0.3 else "black"
+        text = f"{counts[row, column]}"
+        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     axes.set(xlabel="predicted class", ylabel="true class")
     figure.suptitle("test images by class")
     return figure
@@ -112,9 +146,15 @@ def draw_mistakes(results: Results, dataset: Dataset) -> Figure:
     """The wrongly classified test images, those with the highest probability first."""
     wrong = np.flatnonzero(results.predicted != dataset.y_test)
     worst = wrong[np.argsort(-results.confidence[wrong], kind="stable")][:MISTAKES]
-    rows = max(1, -(-len(worst) // 8))
-    figure = Figure(figsize=(12, 0.6 + 1.85 * rows), layout="constrained")
-    panels = figure.subplots(rows, 8, squeeze=False).ravel()
+    found = f"{len(wrong)} mistakes on {len(dataset.x_test)} images"
+    if not len(worst):
+        figure = Figure(figsize=(8, 2.2), layout="constrained")
+        figure.suptitle("every one is right")
+        figure.text(0.5, 0.4, found, ha="center", fontsize=12)
+        return figure
+    rows, columns = -(-len(worst) // 8), min(len(worst), 8)
+    figure = Figure(figsize=(max(8, 1.5 * columns), 0.8 + 1.85 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels:
         axes.set_axis_off()
     low, high = dataset.x_test.min(), dataset.x_test.max()
@@ -124,13 +164,17 @@ def draw_mistakes(results: Results, dataset: Dataset) -> Figure:
         axes.imshow(pixels if colored else pixels.mean(-1), cmap=None if colored else "gray")
         said, true = dataset.names[results.predicted[i]], dataset.names[dataset.y_test[i]]
         axes.set_title(f"{said}? {results.confidence[i]:.0%}\nis {true}", fontsize=9)
-    found = f"{len(wrong)} mistakes on {len(dataset.x_test)} images"
     figure.suptitle(f"{found}, the most confident first")
     return figure
 
 
 def draw_comparison(path: pathlib.Path, histories: dict[str, list[Epoch]]) -> None:
-    """Draws loss and accuracy of several runs into one PNG file."""
+    """Draws loss and error of several runs into one PNG file."""
+    comparison(histories).savefig(path, dpi=120)
+
+
+def comparison(histories: dict[str, list[Epoch]]) -> Figure:
+    """Loss and error by epoch, for each norm in its colour."""
     figure = Figure(figsize=(16, 4.5), layout="constrained")
     panels = figure.subplots(1, 3)
     values: tuple[tuple[str, str, Callable[[Epoch], float]], ...] = (
@@ -139,29 +183,83 @@ def draw_comparison(path: pathlib.Path, histories: dict[str, list[Epoch]]) -> No
         ("Test error", "error (%)", lambda epoch: 100 * (1 - epoch.test_accuracy)),
     )
     for axes, (title, label, value) in zip(panels, values, strict=True):
-        for i, (norm, history) in enumerate(histories.items()):
-            _line(axes, list(map(value, history)), norm, COLORS[i], MARKERS[i], STYLES[i])
-        axes.set(title=title, ylabel=label, yscale="log")
+        for norm, history in histories.items():
+            i = NORMS.index(norm)
+            y = list(map(value, history))
+            _line(axes, y, norm, COLORS[i], MARKERS[i], STYLES[i], size=8 - 1.5 * i)
+        axes.set(title=title, ylabel=label)
+    _logarithmic(panels[0])
+    _logarithmic(panels[1])
+    _spanning(panels[2], 1, lowest=0)
     figure.suptitle("the same network and seed with each batch norm")
-    _finished(figure).savefig(path, dpi=120)
+    return _finished(figure, max(map(len, histories.values())))
 
 
 def _line(
-    axes: Axes, values: list[float], label: str, color: object, marker: str, style: str = "-"
+    axes: Axes,
+    values: Sequence[float],
+    label: str,
+    color: object,
+    marker: str,
+    style: str = "-",
+    size: float = 4,
 ) -> None:
+    """Values by epoch; lines that may coincide get markers of different sizes."""
     epochs = range(1, len(values) + 1)
-    axes.plot(epochs, values, style, label=label, color=color, marker=marker, markersize=4)
+    axes.plot(epochs, values, style, label=label, color=color, marker=marker, markersize=size)
 
 
-def _finished(figure: Figure, *, legend: bool = True) -> Figure:
+def _named(axis: Axis, names: Sequence[str]) -> None:
+    """The names at an axis, or some of them where there are many."""
+    if len(names) <= NAMED:
+        axis.set_ticks(range(len(names)), names)
+        return
+
+    def name(place: float, _: object) -> str:
+        return names[int(place)] if 0 <= place < len(names) else ""
+
+    axis.set_major_locator(MaxNLocator(20, integer=True))
+    axis.set_major_formatter(FuncFormatter(name))
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic axis with a few labels wherever the values are; it has a place for zero."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+    positive = values[values > 0]
+    low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
+    wide = high > 10 * low
+    if positive.size < values.size:
+        if wide:
+            axes.set_yscale("symlog", linthresh=low)
+            axes.yaxis.set_major_locator(SymmetricalLogLocator(linthresh=low, base=10))
+        axes.set_ylim(bottom=0, top=1.2 * high)
+    else:
+        axes.set_yscale("log")
+        if high < 1.2 * low:
+            axes.set_ylim(low / 1.2, high * 1.2)
+        subs = (1, 2, 5) if high < 1000 * low else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8) if wide else MaxNLocator(5))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _spanning(
+    axes: Axes, least: float, *, lowest: float = -np.inf, highest: float = np.inf
+) -> None:
+    """An axis of at least this length, which ends a little beyond what values there can be."""
+    bottom, top = axes.get_ylim()
+    missing = max(0.0, least - (top - bottom)) / 2
+    bottom, top = bottom - missing, top + missing
+    margin = 0.05 * (top - bottom)
+    axes.set_ylim(max(bottom, lowest - margin), min(top, highest + margin))
+
+
+def _finished(figure: Figure, epochs: int, *, legend: bool = True) -> Figure:
     for axes in figure.axes:
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlim(1 - 0.03 * epochs - 0.2, epochs + 0.03 * epochs + 0.2)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        if axes.get_yscale() == "log":  # 0.2, not 2 × 10⁻¹
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
         if legend:
             axes.legend()
     return figure

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import interruption
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -77,6 +78,7 @@ def joined(flags: argparse.Namespace, prefix: str, run: Callable[[], int]) -> in
         "out of reach; start all of them again",
     )
     missing = f"not all processes of the run could be reached within {timeout} seconds"
+    interruption.before = witness.dismiss
     late = threading.Timer(timeout, witness.abandon, [missing])
     late.start()
     try:
@@ -89,7 +91,7 @@ def joined(flags: argparse.Namespace, prefix: str, run: Callable[[], int]) -> in
     # The others may have failed alike. If not, they wait in a computation for this one.
     alone = threading.Timer(GRACE, witness.abandon, [failed])
     try:
-        status = run()
+        status = _status(run)
         if status:
             alone.start()
         jax.distributed.shutdown()
@@ -102,7 +104,15 @@ def joined(flags: argparse.Namespace, prefix: str, run: Callable[[], int]) -> in
         witness.abandon(failed)
     alone.cancel()
     witness.dismiss()
+    interruption.before = None
     return status
+
+
+def _status(run: Callable[[], int]) -> int:
+    try:
+        return run()
+    except SystemExit as error:  # for a flag, of which was said what is wrong
+        return int(error.code or 0)
 
 
 def _first_line(error: Exception) -> str:

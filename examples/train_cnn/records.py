@@ -49,18 +49,26 @@ def var_drift(old: Any, new: Any) -> float:
 
 
 class Lines:
-    """A file of JSON lines, each with the `step` after which it was written."""
+    """A file of JSON lines, each with the `step` after which it was written.
+
+    Attributes:
+      damaged: how many lines were left out since they cannot be read.
+    """
 
     def __init__(self, path: pathlib.Path | None, step: int) -> None:
         """Goes on with what the file has up to this step; the rest, written later, is dropped.
 
         Without a path nothing is written.
         """
-        self.path = path
+        self.path, self.damaged = path, 0
         if path is not None:
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-            part = path.with_suffix(".part")
-            part.write_text("".join(f"{line}\n" for line in kept))
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            steps = [_step_of(line) for line in lines]
+            self.damaged = steps.count(None)
+            found = zip(lines, steps, strict=True)
+            kept = [line for line, at in found if at is not None and at <= step]
+            part = path.with_name(f"{path.name}.part")
+            part.write_bytes(b"".join(kept))
             os.replace(part, path)
 
     def write(self, *lines: dict[str, Any]) -> None:
@@ -70,8 +78,10 @@ class Lines:
                 file.writelines(f"{json.dumps(line)}\n" for line in lines)
 
 
-def _whole_lines(path: pathlib.Path) -> list[str]:
-    """The lines of a file, without a last one that was cut off in the writing."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().split("\n")[:-1] if line.startswith("{")]
+def _step_of(line: bytes) -> int | None:
+    """The step of a whole line; None for one that was cut off in the writing, or damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if type(step) is int and line.endswith(b"\n") else None

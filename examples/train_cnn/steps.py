@@ -1,6 +1,7 @@
 """What is compiled: steps of training, many in one program, and evaluation."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -44,9 +45,17 @@ class Sums(NamedTuple):
 
 
 @functools.cache  # the same object for the same numbers, so that a recipe is compiled for once
-def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """AdamW over one cosine cycle with a warm-up; the weight decay spares vectors."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
+def optimizer(learning_rate: float, *ends: int) -> optax.GradientTransformation:
+    """AdamW over cosine cycles, each with a warm-up; the weight decay spares vectors.
+
+    A cycle goes to the step where it ends, so that another one changes nothing before it.
+    """
+    lengths = [end - start for start, end in itertools.pairwise((0, *ends))]
+    cycles = [
+        optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
+        for steps in lengths
+    ]
+    schedule = optax.join_schedules(cycles, ends[:-1])
 
     def is_kernel(params: Variables) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)

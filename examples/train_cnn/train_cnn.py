@@ -12,18 +12,25 @@ python examples/train_cnn.py --coordinator localhost:1234 --processes 2 --proces
 python examples/train_cnn.py --coordinator localhost:1234 --processes 2 --process-id 1
 """
 
+import interruption
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    interruption.leave_at_once()
+
 import argparse
+import contextlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import data
 import figures
+import folders
 import jax
 import jax.numpy as jnp
 import processes
 from batches import training_sizes
 from checkpoints import CheckpointError, Checkpoints, hush
-from command_line import parse
+from command_line import BATCH_SIZE, LARGEST, parse
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from layers import LOOKED_AT, comparison_table, inspected, layer_table
 from model import MODELS, NORMS, Layers, Norm
@@ -45,15 +52,20 @@ def fail(reason: object) -> int:
 def load_data(flags: argparse.Namespace) -> data.Dataset:
     """The data set that the flags choose."""
     if flags.dataset in data.PACKAGES:
-        return data.load_idx(flags.dataset, flags.data_dir)
-    return data.load(flags.data or data.DIGITS)
+        return data.load_idx(flags.dataset, flags.data_dir, flags.range)
+    if flags.data is not None:
+        return data.load(flags.data, flags.range)
+    return data.load(data.DIGITS, flags.range or data.DIGITS_RANGE)
 
 
-def configuration(flags: argparse.Namespace, dataset: data.Dataset) -> dict[str, Any]:
+def configuration(
+    flags: argparse.Namespace, dataset: data.Dataset, saved: dict[str, Any] | None
+) -> dict[str, Any]:
     """What a checkpoint says of its run: enough to go on with it, and to classify by it."""
     paths = {"data": flags.data, "data_dir": flags.data_dir}
     return {
         "flags": processes.shared(flags),
+        "cycles": sorted({*(saved["cycles"] if saved else ()), flags.epochs}),
         "paths": {name: path and str(path.absolute()) for name, path in paths.items()},
         "digest": dataset.digest(),
         "shape": list(dataset.x_train.shape[1:]),
@@ -62,21 +74,35 @@ def configuration(flags: argparse.Namespace, dataset: data.Dataset) -> dict[str,
     }
 
 
-def recipe_of(flags: argparse.Namespace, dataset: data.Dataset) -> Recipe:
-    """The network, its optimizer and the augmentation."""
+def recipe_of(flags: argparse.Namespace, dataset: data.Dataset, cycles: list[int]) -> Recipe:
+    """The network, its optimizer, whose cycles end after these epochs, and the augmentation."""
     norm = Norm(flags.norm, flags.momentum, flags.ghost_size)
     model = MODELS[flags.model](dataset.classes, norm, jnp.dtype(flags.dtype))
     images, size = len(dataset.x_train), flags.batch_size
     if size > images:
-        raise TrainingError(f"--batch-size {size} is more than the {images} training images")
+        raise TrainingError(
+            f"{batch_size(size)} is more than the {images} training images; give a smaller one"
+        )
+    if flags.norm == "ghost" and flags.ghost_size > images:
+        raise TrainingError(f"--ghost-size {norm.samples} is more than the {images} images")
     sizes = training_sizes(images, size)
+    if flags.epochs * len(sizes) > LARGEST:
+        raise TrainingError(
+            f"--epochs {flags.epochs} of {len(sizes)} steps are more than {LARGEST} steps"
+        )
     check_sizes(model, dataset, sizes)
     flip = flags.dataset in data.MIRRORED if flags.flip is None else flags.flip
     height = dataset.x_train.shape[1]
     shift = max(1, height // 28) if flags.shift is None else flags.shift
     if shift >= height:
         raise TrainingError(f"--shift {shift} must be less than the {height} pixels of an image")
-    return Recipe(model, optimizer(flags.learning_rate, flags.epochs * len(sizes)), shift, flip)
+    ends = [epochs * len(sizes) for epochs in cycles]
+    return Recipe(model, optimizer(flags.learning_rate, *ends), shift, flip)
+
+
+def batch_size(size: int) -> str:
+    """The flag in words, which may not have been given."""
+    return f"{'the default ' if size == BATCH_SIZE else ''}--batch-size {size}"
 
 
 def check_sizes(model: Layers, dataset: data.Dataset, sizes: list[int]) -> None:
@@ -94,14 +120,22 @@ def check_sizes(model: Layers, dataset: data.Dataset, sizes: list[int]) -> None:
     try:
         jax.eval_shape(train_alone, dataset.x_train[:1])
     except ValueError as error:
-        raise TrainingError(f"--batch-size {sizes[0]} leaves one image over: {error}") from None
+        raise TrainingError(f"{batch_size(sizes[0])} leaves one image over: {error}") from None
 
 
-def open_checkpoints(flags: argparse.Namespace) -> Checkpoints | None:
-    """The checkpoints of the output folder; there are some only where a run is resumed."""
+def open_checkpoints(
+    flags: argparse.Namespace, context: contextlib.ExitStack
+) -> Checkpoints | None:
+    """The checkpoints of the output folder; there are some only where a run is resumed.
+
+    The folder is that of this run until the context ends.
+    """
     if flags.output is None:
         return None
-    checkpoints = Checkpoints(flags.output / "checkpoints", write=jax.process_index() == 0)
+    first = jax.process_index() == 0
+    if first:
+        context.enter_context(folders.held(flags.output))
+    checkpoints = Checkpoints(flags.output / folders.CHECKPOINTS, write=first)
     if checkpoints.steps and not flags.resume:
         raise CheckpointError(
             f"{checkpoints.folder}: holds a run already; go on with it by --resume, or give "
@@ -110,41 +144,106 @@ def open_checkpoints(flags: argparse.Namespace) -> Checkpoints | None:
     return checkpoints
 
 
+def check_start(flags: argparse.Namespace, begun: bool) -> None:
+    """Refuses to resume what has not begun, unless the flags say which data to begin with."""
+    if flags.resume and not begun and flags.data is None and flags.dataset is None:
+        raise CheckpointError(
+            f"{flags.output}: no checkpoint to go on from; to begin a run there give its --data or "
+            "--dataset"
+        )
+
+
+class Prepared(NamedTuple):
+    """What a run begins with, read and checked."""
+
+    flags: argparse.Namespace
+    dataset: data.Dataset
+    checkpoints: Checkpoints | None
+    config: dict[str, Any]
+    recipe: Recipe
+
+
+def prepare(
+    flags: argparse.Namespace, arguments: list[str], context: contextlib.ExitStack
+) -> Prepared:
+    """Reads the data and the newest checkpoint, whose flags stand where none are given."""
+    check_start(flags, flags.output is not None and folders.is_own(flags.output))
+    checkpoints = open_checkpoints(flags, context)
+    saved = checkpoints.run()["config"] if checkpoints and checkpoints.steps else None
+    check_start(flags, saved is not None)
+    if saved is not None:
+        flags = parse(DESCRIPTION, arguments, saved)
+    dataset = load_data(flags)
+    config = configuration(flags, dataset, saved)
+    if saved is not None and saved["digest"] != config["digest"]:
+        raise CheckpointError(f"{flags.output}: was trained on other images than these; give those")
+    recipe = recipe_of(flags, dataset, config["cycles"])
+    return Prepared(flags, dataset, checkpoints, config, recipe)
+
+
+def prepare_together(
+    flags: argparse.Namespace,
+    arguments: list[str],
+    sharding: NamedSharding,
+    context: contextlib.ExitStack,
+) -> Prepared:
+    """The same in each process, none of which goes on if one fails or has something else."""
+    try:
+        prepared = prepare(flags, arguments, context)
+    except (*EXPECTED, SystemExit) as error:
+        if jax.process_count() > 1:
+            processes.agree(error, sharding)
+        raise
+    checkpoints = prepared.checkpoints
+    start = checkpoints.steps[-1:] if checkpoints else []
+    config = prepared.config
+    if not processes.agree((config["flags"], config["digest"], start), sharding):
+        raise TrainingError(
+            "the processes have different flags, data or checkpoints, or another one failed, as it "
+            "says; start them all with the same"
+        )
+    return prepared
+
+
 def run(
     flags: argparse.Namespace, arguments: list[str], sharding: NamedSharding, console: Console
 ) -> Trained:
     """Trains one network on these devices, and reports."""
-    checkpoints = open_checkpoints(flags)
-    saved = checkpoints.run()["config"] if checkpoints and checkpoints.steps else None
-    if saved is not None:
-        flags = parse(DESCRIPTION, arguments, saved)
-    dataset = load_data(flags)
-    config = configuration(flags, dataset)
-    if saved is not None and saved["digest"] != config["digest"]:
-        raise CheckpointError(f"{flags.output}: was trained on other images than these; give those")
-    start = checkpoints.steps[-1:] if checkpoints else []
-    if not processes.agree((config["flags"], config["digest"], start), sharding):
-        raise TrainingError(
-            "the processes have different flags, data or checkpoints; start them all with the same"
-        )
-    trainer = Trainer(recipe_of(flags, dataset), flags, dataset, sharding, checkpoints, config)
+    with contextlib.ExitStack() as context:
+        prepared = prepare_together(flags, arguments, sharding, context)
+        trainer = Trainer(**prepared._asdict(), sharding=sharding)
+        introduce(trainer, sharding, console)
+        trained = trainer.run(console)
+        report(trainer, console)
+        return trained
+
+
+def introduce(trainer: Trainer, sharding: NamedSharding, console: Console) -> None:
+    """Says what is trained on what, and what will be begun or gone on with."""
+    flags, dataset = trainer.flags, trainer.dataset
     device = jax.devices()[0]
     console.print(
         f"{len(dataset.x_train)} training and {len(dataset.x_test)} test images of "
-        f"{dataset.x_train.shape[1:]}, {flags.model}, {flags.norm}, {flags.dtype}, on "
-        f"{sharding.num_devices} × {device.device_kind}",
+        f"{dataset.x_train.shape[1:]}, {dataset.classes} classes, {flags.model}, {flags.norm}, "
+        f"{flags.dtype}, on {sharding.num_devices} × {device.device_kind}",
         soft_wrap=True,
     )
+    console.print(f"{dataset.pixels}", soft_wrap=True)
+    if damaged := trainer.lines.damaged:
+        console.print(f"{trainer.lines.path}: left out {damaged} damaged lines", soft_wrap=True)
     if flags.resume:
-        console.print(f"goes on after step {trainer.done}" if saved else "nothing to resume yet")
-    trained = trainer.run(console)
-    report(trainer, flags, console)
-    return trained
+        console.print(
+            f"goes on after step {trainer.done}" if trainer.done else "nothing to resume yet"
+        )
+    *ended, last = trainer.config["cycles"]
+    if ended:
+        console.print(f"after epoch {ended[-1]} the learning rate rises anew, to fall until {last}")
 
 
-def report(trainer: Trainer, flags: argparse.Namespace, console: Console) -> None:
+def report(trainer: Trainer, console: Console) -> None:
     """Compares inference mode with batch statistics, tells of the layers, and draws figures."""
-    dataset, model, history = trainer.dataset, trainer.recipe.model, trainer.history
+    flags, dataset, history = trainer.flags, trainer.dataset, trainer.history
+    model = trainer.recipe.model
     results = trainer.results()
     inference, batch = history[-1].test_accuracy, history[-1].batch_accuracy
     console.print(f"test accuracy in inference mode, running statistics: {inference:7.2%}")
@@ -175,6 +274,9 @@ def run_all(flags: argparse.Namespace, arguments: list[str], sharding: NamedShar
         run(flags, arguments, sharding, console)
         return
     histories = {}
+    if flags.output:
+        owned = any(folders.is_own(flags.output / norm) for norm in NORMS)
+        folders.refuse_others(flags.output, [folders.COMPARISON], owned)
     for norm in flags.compare or NORMS:
         chosen = [*arguments, "--norm", norm]
         if flags.output:
@@ -185,7 +287,7 @@ def run_all(flags: argparse.Namespace, arguments: list[str], sharding: NamedShar
         histories[norm] = run(parsed, chosen, sharding, console).history
     console.print(comparison_table(histories))
     if flags.output and first:
-        figures.draw_comparison(flags.output / "comparison.png", histories)
+        figures.draw_comparison(flags.output / folders.COMPARISON, histories)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -196,8 +298,9 @@ def main(arguments: list[str] | None = None) -> int:
         if flags.coordinator or flags.cluster:
             return processes.joined(flags, PREFIX, lambda: train(flags, arguments))
         return train(flags, arguments)
-    except KeyboardInterrupt:  # of one process: one of several ends the others
-        return fail(f"interrupted{'; go on with --resume' if flags.output else ''}")
+    except KeyboardInterrupt:  # where this is no program of its own
+        fail(interruption.words)
+        return interruption.STATUS
 
 
 def train(flags: argparse.Namespace, arguments: list[str]) -> int:

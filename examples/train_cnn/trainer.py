@@ -5,11 +5,13 @@ import math
 import time
 from typing import Any, NamedTuple
 
+import interruption
 import jax
 import numpy as np
 from batches import Feed, even_sizes, plan, training_sizes
 from checkpoints import Checkpoints
 from data import Dataset
+from folders import METRICS
 from jax.sharding import NamedSharding, PartitionSpec
 from model import norm_layers
 from records import Epoch, Lines, mean_drift, var_drift
@@ -79,7 +81,7 @@ class Trainer:
         self.history: list[Epoch] = []
         if checkpoints is not None and checkpoints.steps:
             self._restore(checkpoints, NamedSharding(sharding.mesh, PartitionSpec()))
-        path = flags.output / "metrics.jsonl" if flags.output and self.first else None
+        path = flags.output / METRICS if flags.output and self.first else None
         self.lines = Lines(path, self.done)
 
     def _arrays(self) -> Any:
@@ -125,6 +127,8 @@ class Trainer:
             total = self.flags.epochs * len(self.sizes)
             task = progress.add_task("training", total=total, completed=self.done)
             while self.done < total:
+                if self.checkpoints is not None and self.done:
+                    interruption.words = "interrupted; go on with --resume"
                 self._epoch(progress, task)
                 console.print(f"{len(self.history):5d}{self.history[-1]}", highlight=False)
         return Trained(self.state.variables, self.history)

@@ -3,6 +3,11 @@
 python -m helpers.training RESULT.npz DTYPE [FLAGS…]
 """
 
+import interruption
+
+if __name__ == "__main__":
+    interruption.leave_at_once()
+
 import contextlib
 import functools
 import sys
@@ -67,12 +72,21 @@ def trained_on(devices, monkeypatch, *flags, dtype=None):
     return result
 
 
+# A program that Ctrl-C ends, also where it is ignored since the tests run in the background.
+ATTENTIVE = (
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+)
+
+
 def command(path, dtype, *flags):
     """The command of a trainer in a process of its own, which keeps its result in this file.
 
     As a module: a script would find the modules beside it before those of the examples.
     """
-    return [sys.executable, "-m", __name__, path, dtype, *flags]
+    return [*ATTENTIVE, "-m", __name__, path, dtype, *flags]
 
 
 def images(train, test=20, size=6):
@@ -97,11 +111,16 @@ def save_images(folder):
     return path
 
 
-def save_colours(folder):
-    """Red, green and blue images with noise, from 0 to 1, in a file of the folder: its path."""
+def save_colours(folder, dtype=float):
+    """Red, green and blue images with noise in a file of the folder: its path.
+
+    As bytes, the pixels are from 40 to 120; as floats these are divided by 255.
+    """
     y = np.arange(96) % 3
     x = np.random.RandomState(0).uniform(size=(96, 9, 8, 3)) * 0.5
     x += 0.5 * np.eye(3)[y][:, None, None]
+    pixels = np.round(40 + 80 * x)
+    x = pixels.astype(dtype) if np.dtype(dtype).kind == "u" else (pixels / 255).astype(dtype)
     path = folder / "colours.npz"
     np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
     return path

@@ -4,21 +4,27 @@ import json
 import os
 import pathlib
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import checkpoints
+import figures
+import folders
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import train_cnn
 from checkpoints import CheckpointError, Checkpoints
+from folders import LOCK
 from helpers import training
 from steps import Recipe, State
 
+INTERRUPTED = r"training.py: error: interrupted(; go on with --resume)?\n"
 PATIENCE = 300  # seconds, on a machine that does other things too
 
 
@@ -102,14 +108,14 @@ def newest(folder):
         return 0, False
     names = [entry.name for entry in folder.iterdir()]
     whole = [int(name) for name in names if name.isdigit()]
-    return max(whole, default=0), len(whole) < len(names)
+    return max(whole, default=0), bool({*names} - {*map(str, whole), LOCK})
 
 
 @pytest.mark.parametrize(
     ("kills", "epochs"), [(3, 15), pytest.param(20, 120, marks=pytest.mark.slow)]
 )
 def test_killed_at_any_moment(kills, epochs, images, tmp_path):
-    """SIGKILLs, most of them in the writing of a checkpoint; nothing is lost in the end."""
+    """SIGKILLs and Ctrl-C, most in the writing of a checkpoint; nothing is lost in the end."""
     flags = [*images, "--epochs", str(epochs)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
@@ -130,8 +136,10 @@ def test_killed_at_any_moment(kills, epochs, images, tmp_path):
             time.sleep(0.001)
         time.sleep(delays.uniform(0, 4 if early else 0.3))  # early: most likely before a step
         assert process.poll() is None, (killed / "err").read_text()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(signal.SIGINT if i % 2 else signal.SIGKILL)
+        assert process.wait() == (130 if i % 2 else -signal.SIGKILL)
+        error = (killed / "err").read_text()
+        assert error == "" or (i % 2 and re.fullmatch(INTERRUPTED, error))
         step, cut_off = newest(folder)
         reached.append(step)
         torn += cut_off
@@ -245,6 +253,17 @@ def test_broken_checkpoints_are_refused(tmp_path):
     assert refused >= 8  # the arrays and the JSON at least, in each of four ways
 
 
+def test_advice_where_a_byte_is_flipped(tmp_path):
+    for step in (1, 2):
+        Checkpoints(tmp_path).save(step, STATE, {"step": step})
+    other = {**STATE, "key": np.array([1, 3], np.uint32)}
+    Checkpoints(tmp_path / "other").save(2, other, {})
+    shutil.rmtree(tmp_path / "2" / "state")
+    (tmp_path / "other" / "2" / "state").rename(tmp_path / "2" / "state")
+    error = message(Checkpoints(tmp_path, write=False).load)
+    assert "arrays are not those that were written; remove it to go on from step 1" in error
+
+
 def test_arrays_of_another_checkpoint_are_refused(tmp_path):
     other = {**STATE, "key": np.array([1, 3], np.uint32)}
     for name, state in (("a", STATE), ("b", other)):
@@ -291,24 +310,123 @@ def test_a_run_is_neither_overwritten_nor_mixed(images, tmp_path, monkeypatch, c
     assert "was trained on other images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("output", [False, True])
-def test_an_interruption_is_one_line(output, images, tmp_path, monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run of one epoch, and its data."""
+    folder = tmp_path_factory.mktemp("begun")
+    flags = ["--data", str(training.save_images(folder)), "--batch-size", "26", "--epochs", "1"]
+    with pytest.MonkeyPatch.context() as patched, jax.numpy_dtype_promotion("standard"):
+        training.keep(patched.setattr)
+        assert train_cnn.main([*flags, "--output", str(folder / "run")]) == 0
+    return folder / "run"
 
-    monkeypatch.setattr(train_cnn, "run", interrupted)
-    flags = ["--output", str(tmp_path)] if output else []
-    assert train_cnn.main([*images, *flags]) == 1
-    fix = "; go on with --resume" if output else ""
-    assert capsys.readouterr().err == f"train_cnn.py: error: interrupted{fix}\n"
 
-
-def test_lines_that_were_cut_off_are_dropped(images, tmp_path, monkeypatch):
+@pytest.fixture
+def copied(begun, tmp_path, monkeypatch):
+    """A copy of this run, to be gone on with by a small model."""
     training.keep(monkeypatch.setattr)
-    flags = [*images, "--output", str(tmp_path), "--epochs", "1"]
-    assert train_cnn.main(flags) == 0
-    path = tmp_path / "metrics.jsonl"
-    before = path.read_text()
-    path.write_text(before + '{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
-    assert train_cnn.main(["--output", str(tmp_path), "--resume"]) == 0
-    assert path.read_text() == before
+    monkeypatch.setattr(figures, "draw_run", lambda *_: None)
+    return shutil.copytree(begun, tmp_path / "run")
+
+
+def test_damaged_lines_are_left_out(copied, capsys):
+    path = copied / "metrics.jsonl"
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    damaged = [b'{"step": 1, "lo\n', b"\0\0\0\n", b"\xff{}\n", b"[1]\n", b'{"step": "1"}\n', b"7\n"]
+    later = b'{"step": 5, "loss": 1.0}\n'  # than the checkpoint
+    path.write_bytes(b"".join([*damaged, first, b"\n", *others, later, b'{"step": 4, "lo']))
+    assert train_cnn.main(["--output", str(copied), "--resume"]) == 0
+    assert path.read_bytes() == b"".join([first, *others])
+    assert f"{path}: left out 8 damaged lines" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "history.png", "checkpoints/epoch_1.pt"])
+def test_files_of_others_are_kept(name, images, tmp_path, capsys):
+    path = tmp_path / "theirs" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("theirs")
+    for resume in ([], ["--resume"]):
+        assert train_cnn.main([*images, "--output", str(tmp_path / "theirs"), *resume]) == 1
+        error = capsys.readouterr().err
+        assert "is there already, and the folder is not marked as that of a run of train_" in error
+    assert path.read_text() == "theirs"
+    assert [p for p in (tmp_path / "theirs").rglob("*") if p.is_file()] == [path]
+
+
+def test_a_comparison_of_others_is_kept(images, tmp_path, capsys):
+    path = tmp_path / "comparison.png"
+    path.write_text("theirs")
+    assert train_cnn.main([*images, "--output", str(tmp_path), "--compare"]) == 1
+    assert f"{path}: is there already" in capsys.readouterr().err
+    assert path.read_text() == "theirs"
+
+
+def test_other_files_are_no_hindrance(copied, capsys):
+    (copied / "notes.txt").write_text("mine")
+    (copied / "history.png").write_text("an older one")
+    assert train_cnn.main(["--output", str(copied), "--resume"]) == 0
+
+
+HOLD = """
+import pathlib, sys
+import folders
+with folders.held(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_run_at_a_time(copied, capsys):
+    """Another process that holds the folder bars it, but not once it is killed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", HOLD, copied]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=environment) as process:
+        assert process.stdout.readline() == "held\n"
+        flags = ["--output", str(copied), "--resume"]
+        assert train_cnn.main(flags) == 1
+        assert f"{copied}: another run writes there" in capsys.readouterr().err
+        process.kill()
+        process.wait()
+        assert train_cnn.main(flags) == 0
+
+
+def test_nothing_to_resume_and_no_data(tmp_path, capsys):
+    """Never the digits; a folder of another name, by mistake, is not made."""
+    path = tmp_path / "run"
+    for again in range(2):
+        assert train_cnn.main(["--output", str(path), "--resume"]) == 1
+        error = f"{path}: no checkpoint to go on from; to begin a run there give its --data"
+        assert error in capsys.readouterr().err
+        assert path.exists() == bool(again)
+        with folders.held(path):  # as a run does that is killed in its first epoch
+            pass
+
+
+def test_more_epochs(copied, capsys):
+    """A further cycle of the learning rate: what was told of the steps before stays as it was."""
+    before = told(copied)
+    flags = ["--output", str(copied), "--resume"]
+    assert train_cnn.main([*flags, "--epochs", "2", "--save-every", "3", "--stream"]) == 0
+    output = capsys.readouterr().out
+    assert "goes on after step 4" in output
+    assert told(copied)[:5] == before
+    assert [line["epoch"] for line in told(copied) if "epoch" in line] == [1, 2]
+    saved = Checkpoints(copied / "checkpoints", write=False).run()
+    assert saved["config"]["cycles"] == [1, 2]
+    for flag, value in (("--epochs", "1"), ("--learning-rate", "1")):
+        with pytest.raises(SystemExit):
+            train_cnn.main([*flags, flag, value])
+        assert f"error: {flag} is" in capsys.readouterr().err
+
+
+def test_flags_of_a_run_in_words(copied, capsys):
+    for flags, words in {
+        "--flip": "--flip is not given in the run to be resumed; got --flip",
+        "--no-flip": "--flip is not given in the run to be resumed; got --no-flip",
+        "--shift 2": "--shift is not given in the run to be resumed; got 2",
+        "--dataset mnist": "--dataset is not given in the run to be resumed; got mnist",
+        "--seed 3": "--seed is 0 in the run to be resumed; got 3",
+    }.items():
+        with pytest.raises(SystemExit):
+            train_cnn.main(["--output", str(copied), "--resume", *flags.split()])
+        assert words in capsys.readouterr().err

@@ -160,20 +160,42 @@ BAD = {
         "at least two images; got int64 of shape (1,",
     ),
     "labels in words": ({"y_train": Y.astype(str)}, "y_train must hold an integer from 0 to 9999"),
-    "enormous pixels": ({"x_train": X * 1e300}, "finite, below 1e18 and not all the same"),
+    "enormous pixels": ({"x_train": X * 1e300}, "and not all the same; got inf in x_train"),
     "flat images": ({"x_train": X.reshape(6, 16)}, "x_train must hold numbers of shape [N, H, W]"),
     "words": ({"x_test": np.full((2, 4, 4), "x")}, "x_test must hold numbers"),
     "too few labels": ({"y_train": Y[:5]}, "y_train must hold an integer"),
     "float labels": ({"y_train": Y / 2}, "y_train must hold an integer"),
-    "negative labels": ({"y_test": -Y[:2] - 1}, "y_test must hold an integer from 0 to 9999"),
+    "negative labels": (
+        {"y_test": -Y[:2] - 1},
+        "y_test must hold an integer from 0 to 9999 for each of 2 images; got -2, -1",
+    ),
     "labels without images": ({"y_test": Y[:0]}, "y_test must hold an integer"),
-    "enormous labels": ({"y_train": Y.astype(np.uint64) + 2**40}, "integer from 0 to 9999"),
-    "unknown labels": ({"y_test": Y[:2] + 9}, "y_test has labels that y_train has not"),
+    "enormous labels": (
+        {"y_train": Y.astype(np.uint64) + 2**40},
+        "integer from 0 to 9999 for each of 6 images; got 1099511627776, 1099511627777",
+    ),
+    "unknown labels": ({"y_test": Y[:2] + 9}, "y_test has labels that y_train has not: 9, 10"),
+    "labels between": (
+        {"y_train": 7 * (Y > 0), "y_test": Y[:2]},
+        "y_test has labels that y_train has not: 1",
+    ),
+    "one label": (
+        {"y_train": 0 * Y + 3, "y_test": 0 * Y[:2] + 3},
+        "y_train must have two classes at least; got 3 only",
+    ),
+    "channels first": (
+        {"x_train": np.zeros((6, 3, 32, 32)), "x_test": np.zeros((2, 3, 32, 32))},
+        "must be [H, W, C]; got [3, 32, 32], as if channels came first: give x.transpose(0, 2, 3,",
+    ),
+    "many channels first": (
+        {"x_train": np.zeros((6, 12, 32, 24)), "x_test": np.zeros((2, 12, 32, 24))},
+        "must be [H, W, C]; got [12, 32, 24], as if channels came first",
+    ),
     "other size": ({"x_test": X[:2, :3]}, "training images have shape (4, 4), test images (3, 4)"),
-    "blank images": ({"x_train": 0 * X}, "finite, below 1e18 and not all the same"),
+    "blank images": ({"x_train": 0 * X + 7}, "not all the same; got 7 everywhere in x_train"),
     "NaN pixels": (
         {"x_test": np.full((2, 4, 4), np.nan)},
-        "finite, below 1e18 and not all the same",
+        "finite, below 1e18 and not all the same; got nan in x_test",
     ),
 }
 
@@ -185,6 +207,46 @@ def test_bad_data(case, tmp_path):
     np.savez(path, **GOOD | changes)
     with pytest.raises(data.DataError, match=re.escape(message)):
         data.load(path)
+
+
+def test_classes_are_the_labels_that_there_are(tmp_path):
+    np.savez(tmp_path / "images.npz", **GOOD | {"y_train": 7 * (Y > 0), "y_test": 7 * Y[:2]})
+    dataset = data.load(tmp_path / "images.npz")
+    assert dataset.names == ("0", "7")
+    assert dataset.y_train.tolist() == [0, 1, 1, 0, 1, 1]
+    assert dataset.y_test.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high", "span"),
+    [
+        *((dtype, 40, 120, (0, 255)) for dtype in ("u1", "i8", "f4", "f8")),
+        ("u1", 0, 1, (0, 255)),
+        ("f2", 0.25, 0.5, (0, 1)),
+        ("f8", -0.25, 0.5, (-1, 1)),
+        ("u2", 5, 4000, None),
+        ("f4", -3, 2, None),
+        ("i4", -1, 255, None),
+    ],
+)
+def test_black_and_white_by_custom(dtype, low, high, span, tmp_path):
+    images = np.linspace(low, high, X.size).reshape(X.shape).astype(dtype)
+    path = tmp_path / "images.npz"
+    np.savez(path, **GOOD | {"x_train": images, "x_test": images[:2]})
+    pixels = data.load(path).pixels
+    assert (pixels.black, pixels.white) == (span or (low, high))
+    assert pixels.guessed == (span is None)
+    assert ("--range" in str(pixels)) == (span is None)
+    pixels = data.load(path, (0.5, 8.0)).pixels
+    assert (pixels.black, pixels.white, pixels.guessed) == (0.5, 8, False)
+
+
+def test_channels_last(tmp_path):
+    """Few channels, or images that are higher than they are wide, cannot be channels first."""
+    for shape in ((3, 4, 4), (32, 8, 20), (1, 1, 64)):
+        images = np.arange(6.0 * np.prod(shape)).reshape(6, *shape)
+        np.savez(tmp_path / "images.npz", **GOOD | {"x_train": images, "x_test": images[:2]})
+        assert data.load(tmp_path / "images.npz").x_train.shape == (6, *shape)
 
 
 def test_broken_archives(tmp_path):

@@ -199,9 +199,24 @@ def test_processes_with_different_flags_are_refused(run):
     for i, process in enumerate(run.processes):
         assert process.wait(PATIENCE) == 1
         assert run.reasons(i) == [
-            "train_cnn.py: error: the processes have different flags, data or "
-            "checkpoints; start them all with the same"
+            "train_cnn.py: error: the processes have different flags, data or checkpoints, or "
+            "another one failed, as it says; start them all with the same"
         ]
+
+
+def test_a_file_that_one_process_has_not(run, images):
+    """Both end, long before they would notice that one is gone."""
+    paths = [images, images.with_name("missing.npz")]
+    for i, path in enumerate(paths):
+        run.join(i, "--data", str(path), timeout=PATIENCE)
+    ends = {}
+    while len(ends) < 2:
+        over = [i for i, process in enumerate(run.processes) if process.poll() is not None]
+        ends = dict.fromkeys(over, time.monotonic()) | ends
+        time.sleep(0.05)
+    assert abs(ends[0] - ends[1]) < 5
+    assert "another one failed, as it says" in run.reasons(0)[0]
+    assert f"{paths[1]}: no such file" in run.reasons(1)[0]
 
 
 @pytest.mark.slow

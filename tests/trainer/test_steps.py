@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from augment import augmented
 from batches import Batch, Feed, batch_at, even_sizes, plan, training_sizes
@@ -192,3 +193,21 @@ def test_the_table_of_layers(monkeypatch):
     assert first.mean_drift == pytest.approx(np.sqrt(np.mean(mean**2 / var)), rel=1e-4)
     assert first.var_drift == pytest.approx(np.sqrt(np.mean((var - 1) ** 2)), rel=1e-4)
     assert first.offset == pytest.approx(np.max(np.abs(mean) / np.sqrt(var)), rel=1e-4)
+
+
+def test_another_cycle_leaves_the_steps_before():
+    one, two = (optimizer(0.1, *ends) for ends in ((20,), (20, 50)))
+    params = {"kernel": np.ones((2, 2), np.float32)}
+    kernels = []
+    for tx in (one, two):
+        state, history = tx.init(params), [params]
+        for _ in range(50):
+            changes, state = tx.update(params, state, history[-1])
+            history.append(optax.apply_updates(history[-1], changes))
+        kernels.append(np.array([step["kernel"] for step in history]))
+    np.testing.assert_array_equal(kernels[1][:21], kernels[0][:21])
+    np.testing.assert_array_equal(kernels[0][21:], kernels[0][20:-1])  # nothing is learned any more
+    rates = np.abs(np.diff(kernels[1][:, 0, 0]))
+    assert rates[20] == 0
+    assert rates[23] == pytest.approx(rates[2], rel=0.5)
+    assert rates[-1] < 0.01 * rates[23]

@@ -183,6 +183,11 @@ FLAGS = {
     "--epochs 0": "--epochs: must be a whole number at least 1; got '0'",
     "--epochs 1.5": "--epochs: must be a whole number at least 1; got '1.5'",
     "--batch-size 1": "--batch-size: must be a whole number at least 2; got '1'",
+    f"--epochs {2**63}": "--epochs: must be a whole number at least 1 and at most 2147483647; got",
+    f"--epochs {2**31 - 1}": "--epochs 2147483647 of 23 steps are more than 2147483647 steps",
+    "--norm ghost --ghost-size 1438": "--ghost-size 1438 is more than the 1437 images",
+    "--range 3 3": "--range must be two numbers that differ; got 3 twice",
+    "--range 0 inf": "--range: must be a number at least -1e+18 and at most 1e+18; got 'inf'",
     "--batch-size 5000": "--batch-size 5000 is more than the 1437 training images",
     "--learning-rate 0": "--learning-rate: must be a number above 0",
     "--learning-rate nan": "--learning-rate: must be a number above 0",
@@ -192,8 +197,8 @@ FLAGS = {
     "--data nowhere.npz": "nowhere.npz: no such file",
     "--output nowhere/run": "--output: must be a folder, or a new one in an existing folder",
     "--output README.md": "--output: must be a folder, or a new one in an existing folder",
-    "--resume": "--resume and --save-every take an --output folder",
-    "--save-every 3": "--resume and --save-every take an --output folder",
+    "--resume": "--resume takes an --output folder",
+    "--save-every 3": "--save-every takes an --output folder",
     "--save-every 0 --output .": "--save-every: must be a whole number at least 1; got '0'",
     "--shift 8": "--shift 8 must be less than the 8 pixels of an image",
     "--norm batch": "--norm: invalid choice: 'batch'",
@@ -237,7 +242,10 @@ def test_the_environment_stands_for_flags(monkeypatch, capsys):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(SystemExit):
         parse("", [])
-    assert "--processes: must be a whole number at least 1; got 'two'" in capsys.readouterr().err
+    assert (
+        "error: JAX_NUM_PROCESSES must be a whole number at least 1; got 'two'"
+        in capsys.readouterr().err
+    )
 
 
 def test_devices_do_not_change_the_result(few, monkeypatch, x64):
@@ -275,4 +283,7 @@ def test_other_images_train_too(tmp_path, monkeypatch, capsys):
     training.keep(monkeypatch.setattr)
     flags = ["--data", str(training.save_colours(tmp_path)), *training.ON_COLOURS]
     assert train_cnn.main(flags) == 0
-    assert accuracies(capsys.readouterr().out)[0] == 100
+    output = capsys.readouterr().out
+    assert accuracies(output)[0] == 100
+    assert "of (9, 8, 3), 3 classes, cnn" in output
+    assert "\n0 to 255 in an image file stand for 0 to 1 in the training images\n" in output
