@@ -25,9 +25,9 @@ def is_own(activation: object) -> bool:
 
 
 def checked_activation(
-    activation: str | Activation | None, shape: tuple[int, ...], dtype: DTypeLike
+    activation: str | Activation | None, example: jax.ShapeDtypeStruct | None
 ) -> tuple[Activation | None, tuple[jax.Array, ...]]:
-    """The function `(z, *constants) -> array`, and the arrays that a closure held.
+    """The function `(z, *constants) -> array` of such a `z`, and the arrays that a closure held.
 
     Taking the arrays out of the closure is what makes the result differentiable with respect to
     them. A function of the user's own is called once.
@@ -42,7 +42,6 @@ def checked_activation(
             f"`activation` must be None, a function, or one of {', '.join(ACTIVATIONS)}; "
             f"got {activation!r}."
         )
-    example = jax.ShapeDtypeStruct(shape, dtype)
     # A function of its own, since `activation` may not be hashable.
     function, constants = jax.closure_convert(lambda z: activation(z), example)
     _check_output(jax.eval_shape(function, example, *constants), example)

@@ -111,6 +111,10 @@ def checked_epsilon(epsilon: Number, dtype: np.dtype[Any], *, train: bool) -> fl
             "`epsilon` must be a Python number, known when the function is traced; "
             f"got {type(epsilon).__name__}. Outside jit, pass float(epsilon)."
         )
+    try:
+        epsilon = float(epsilon)
+    except OverflowError:
+        epsilon = math.inf
     if not math.isfinite(epsilon) or epsilon < 0 or (train and epsilon == 0):
         requirement = "positive during training" if train else "non-negative"
         raise ValueError(f"`epsilon` must be finite and {requirement}; got {epsilon}.")
@@ -119,7 +123,7 @@ def checked_epsilon(epsilon: Number, dtype: np.dtype[Any], *, train: bool) -> fl
         raise ValueError(
             f"`epsilon` must be in the range of {dtype}, {low:.1e} to {high:.1e}; got {epsilon}."
         )
-    return float(epsilon)
+    return epsilon
 
 
 def check_momentum(momentum: ArrayLike | None) -> None:
@@ -139,15 +143,23 @@ def check_momentum(momentum: ArrayLike | None) -> None:
         )
 
 
-def check_bool(value: object, name: str) -> None:
+def check_bool(value: Any, name: str) -> None:
     """A bool, from Python, NumPy or JAX, traced or not, of no dimensions."""
-    if not isinstance(value, bool) and str(getattr(value, "dtype", None)) != "bool":
-        raise TypeError(f"`{name}` must be True, False or a traced bool; got {value!r}.")
     if shape := getattr(value, "shape", ()):
+        kind = "bools" if value.dtype == bool else value.dtype
         raise ValueError(
-            f"`{name}` must be one bool, for all samples; got bools of shape {shape}. A mask goes "
+            f"`{name}` must be one bool, for all samples; got {kind} of shape {shape}. A mask goes "
             "by its name: mask=…."
         )
+    if not isinstance(value, bool) and str(getattr(value, "dtype", None)) != "bool":
+        raise TypeError(f"`{name}` must be True, False or a traced bool; got {value!r}.")
+
+
+def check_known_bool(value: object, name: str) -> None:
+    """A bool that is known when the function is traced."""
+    if not isinstance(value, bool | np.bool_):
+        given = type(value).__name__ if isinstance(value, jax.Array) else repr(value)
+        raise TypeError(f"`{name}` must be True or False, known when traced; got {given}.")
 
 
 def check_values_per_channel(x: jax.Array, axis: int, devices: Devices) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxbn._core.axes import reduced_axes
+from jaxbn._core.devices import spread_over
 from jaxbn._types import Integer
 
 
@@ -36,8 +37,7 @@ def checked_groups(virtual_batch_size: Integer | None, x: jax.Array, axis: int) 
             f"{x.shape}, {samples} samples. Pad the batch and mask what is padded."
         )
     groups = samples // value
-    shard = jax.typeof(x).sharding.shard_shape(x.shape)
-    devices = samples // math.prod(shard[i] for i in batch_axis)
+    devices = spread_over(jax.typeof(x), batch_axis)
     if groups % devices:
         raise ValueError(
             "A group may not extend over devices where the type of `x` spreads its samples over "

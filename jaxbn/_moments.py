@@ -7,7 +7,13 @@ import jax.export
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn._checks import checked_input, checked_mask, statistics_dtype
+from jaxbn._checks import (
+    checked_array,
+    checked_float,
+    checked_input,
+    checked_mask,
+    statistics_dtype,
+)
 from jaxbn._core.devices import AxisIndexGroups, AxisName, checked_devices
 from jaxbn._core.moments import Shifted, added, merged, shifted_moments
 from jaxbn._types import Integer
@@ -112,7 +118,8 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
       `Moments` of all samples together, in the dtype of the arguments.
 
     Raises:
-      ValueError: the shapes of the means and variances differ.
+      TypeError: an argument is no Moments, or not real floating point.
+      ValueError: the shapes of the means and variances differ, or are not those of vectors.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -125,16 +132,38 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
       Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
       variances", COMPSTAT 1982.
     """
-    shapes = {v.shape for moments in (first, *others) for v in (moments.mean, moments.var)}
+    sets = tuple(
+        checked_moments(moments, f"argument {i}") for i, moments in enumerate((first, *others), 1)
+    )
+    shapes = {v.shape for moments in sets for v in (moments.mean, moments.var)}
     if len(shapes) > 1:
         raise ValueError(
             "Merged moments must describe the same channels; got vectors of the shapes "
             f"{', '.join(map(str, sorted(shapes)))}."
         )
-    sets = (first, *others)
     counts = jnp.broadcast_arrays(*(moments.count for moments in sets))
     mean, var = (jnp.stack(v) for v in zip(*(moments[:2] for moments in sets), strict=True))
     return unshifted(merged(Shifted(mean, jnp.zeros_like(mean), var, jnp.stack(counts)), added))
+
+
+def checked_moments(moments: Moments, name: str) -> Moments:
+    """`moments` as arrays: real vectors, and a count of each or of all channels."""
+    if not isinstance(moments, Moments):
+        raise TypeError(
+            f"`{name}` must be Moments of mean, var and count; got {type(moments).__name__}."
+        )
+    mean, var = (checked_float(getattr(moments, n), f"{name}.{n}") for n in ("mean", "var"))
+    count = checked_array(moments.count, f"{name}.count")
+    if jnp.issubdtype(count.dtype, jnp.integer):
+        count = count.astype(mean.dtype)
+    checked = Moments(mean, var, checked_float(count, f"{name}.count"))
+    if checked.mean.ndim != 1 or checked.count.shape not in ((), checked.mean.shape):
+        raise ValueError(
+            f"`{name}` must have a mean and a variance of shape [C], and a count of shape [] or "
+            f"[C]; got {mean.shape}, {var.shape} and {checked.count.shape}. For several sets use "
+            "jax.vmap."
+        )
+    return checked
 
 
 def unshifted(moments: Shifted) -> Moments:

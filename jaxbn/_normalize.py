@@ -1,5 +1,6 @@
 """Normalization by given statistics, and by those of the batch itself."""
 
+import functools
 from typing import cast
 
 import jax
@@ -20,7 +21,15 @@ from jaxbn._checks import (
 from jaxbn._core.compilers import as_rounded
 from jaxbn._core.derivative import normalize_by_batch
 from jaxbn._core.devices import AxisIndexGroups, AxisName, checked_devices
-from jaxbn._core.forward import Form, Operands, normalize_by_statistics, traced_once
+from jaxbn._core.forward import (
+    Form,
+    Operands,
+    applied,
+    coefficients,
+    is_plain,
+    normalize_by_statistics,
+    traced_once,
+)
 from jaxbn._core.moments import Shifted, added, merged
 from jaxbn._ghost import by_group, checked_groups
 from jaxbn._moments import Moments, unshifted
@@ -91,10 +100,12 @@ def normalize(
     form = Form(axis, checked_epsilon(epsilon, wide, train=False), dtype)
     x, mask = checked_mask(mask, x, axis)
     residual = checked_residual(residual, x, dtype)
-    function, constants = checked_activation(activation, x.shape, wide)
-    form = form._replace(activation=function)
-    operands = _operands(x, scale, bias, mask, residual, constants, axis, wide)
+    operands = _operands(x, scale, bias, mask, residual, axis, wide)
+    operands, form = _with_activation(operands, activation, form)
     by_statistics = traced_once(normalize_by_statistics, form)
+    # What is compiled by itself has parts for each platform, which interpreters need not look into.
+    if isinstance(x, jax.core.Tracer) and is_plain(operands, form, wide):
+        by_statistics = functools.partial(normalize_by_statistics, form=form)
     y: jax.Array = by_statistics(operands, mean.astype(wide), var.astype(wide))
     return y
 
@@ -180,15 +191,15 @@ def batch_normalize(
     groups = checked_groups(virtual_batch_size, x, axis)
     # A function of the user's own sees the whole batch, not a group of it.
     whole = groups > 1 and is_own(activation)
-    function, constants = checked_activation(None if whole else activation, x.shape, wide)
-    form = form._replace(grouped=groups > 1, activation=function, dtype=wide if whole else dtype)
+    form = form._replace(grouped=groups > 1, dtype=wide if whole else dtype)
 
     def by_batch(
         x: jax.Array, mask: jax.Array | None, residual: jax.Array | None
     ) -> tuple[jax.Array, Shifted]:
         check_values_per_channel(x, axis, form.devices)
-        operands = _operands(x, scale, bias, mask, residual, constants, axis, wide)
-        y, moments, _ = traced_once(normalize_by_batch, form)(operands)
+        operands = _operands(x, scale, bias, mask, residual, axis, wide)
+        operands, fused = _with_activation(operands, None if whole else activation, form)
+        y, moments, _ = traced_once(normalize_by_batch, fused)(operands)
         return y, moments
 
     if groups == 1:
@@ -207,11 +218,25 @@ def _operands(
     bias: ArrayLike | None,
     mask: jax.Array | None,
     residual: jax.Array | None,
-    constants: tuple[jax.Array, ...],
     axis: int,
     dtype: DTypeLike,
 ) -> Operands:
     """The operands, vectors checked and in `dtype`."""
     scale = jnp.ones(x.shape[axis]) if scale is None else checked_vector(scale, "scale", x, axis)
     bias = jnp.zeros(x.shape[axis]) if bias is None else checked_vector(bias, "bias", x, axis)
-    return Operands(x, mask, scale.astype(dtype), bias.astype(dtype), residual, constants)
+    return Operands(x, mask, scale.astype(dtype), bias.astype(dtype), residual, ())
+
+
+def _with_activation(
+    operands: Operands, activation: str | Activation | None, form: Form
+) -> tuple[Operands, Form]:
+    """The operands with the arrays that the activation holds, and the form with the function."""
+
+    def argument(operands: Operands) -> jax.Array:
+        by_any = coefficients(operands.bias, None, operands.scale, operands)
+        return applied(by_any, operands, form)
+
+    # Its type also says what differs between devices.
+    example = jax.eval_shape(argument, operands) if is_own(activation) else None
+    function, constants = checked_activation(activation, example)
+    return operands._replace(constants=constants), form._replace(activation=function)

@@ -1,18 +1,20 @@
 """Running statistics: the value a model keeps, and the only place that knows about momentum."""
 
 import functools
+import numbers
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._checks import check_bool, check_momentum, checked_array
+from jaxbn._checks import check_bool, check_known_bool, check_momentum, checked_array
 from jaxbn._core.devices import placed_like
-from jaxbn._moments import Moments
-from jaxbn._types import Bool, Flag
+from jaxbn._moments import Moments, checked_moments
+from jaxbn._types import Bool, Flag, Integer
 
 
 class BatchStats(NamedTuple):
@@ -33,7 +35,7 @@ count=Array(0, dtype=int32))
 
     mean: jax.Array
     var: jax.Array
-    count: jax.Array | int  # type: ignore[assignment]  # shadows tuple.count, as documented
+    count: jax.Array | Integer  # type: ignore[assignment]  # shadows tuple.count, as documented
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, ArrayLike]) -> "BatchStats":
@@ -64,6 +66,8 @@ count=Array(0, dtype=int32))
 unknown: running_mean. For torch's names use `jaxbn.torch.from_state_dict`.
         """
         _check_names(mapping)
+        if not isinstance(mapping["count"], jax.core.Tracer):
+            _check_count(mapping["count"])
         stats = cls(*(checked_array(mapping[name], name) for name in cls._fields))
         shapes = [jnp.shape(value) for value in stats]
         if len(shapes[0]) != 1 or shapes != [shapes[0], shapes[0], ()]:
@@ -87,7 +91,7 @@ unknown: running_mean. For torch's names use `jaxbn.torch.from_state_dict`.
 jax.export.register_namedtuple_serialization(BatchStats, serialized_name="jaxbn.BatchStats")
 
 
-def init_batch_stats(num_features: int, dtype: DTypeLike = jnp.float32) -> BatchStats:
+def init_batch_stats(num_features: Integer, dtype: DTypeLike = jnp.float32) -> BatchStats:
     """Running statistics before the first batch.
 
         mean = 0        var = 1        count = 0
@@ -100,7 +104,7 @@ def init_batch_stats(num_features: int, dtype: DTypeLike = jnp.float32) -> Batch
       `BatchStats` with vectors of shape `[C]`.
 
     Raises:
-      TypeError: `dtype` is narrower than float32.
+      TypeError: `num_features` is not an int, or `dtype` is narrower than float32.
       ValueError: `num_features` is less than 1.
 
     Example:
@@ -111,10 +115,16 @@ def init_batch_stats(num_features: int, dtype: DTypeLike = jnp.float32) -> Batch
     References:
       `torch.nn.BatchNorm2d.reset_running_stats`.
     """
+    if not isinstance(num_features, numbers.Integral) or isinstance(num_features, bool):
+        raise TypeError(
+            f"`num_features` must be an int, the number of channels; got {num_features!r}."
+        )
     if num_features < 1:
         raise ValueError(f"`num_features` must be at least 1; got {num_features}.")
     stats = BatchStats(
-        jnp.zeros(num_features, dtype), jnp.ones(num_features, dtype), jnp.zeros((), jnp.int32)
+        jnp.zeros(int(num_features), dtype),
+        jnp.ones(int(num_features), dtype),
+        jnp.zeros((), jnp.int32),
     )
     return checked_stats(stats)
 
@@ -171,11 +181,8 @@ def update_batch_stats(
     """
     check_momentum(momentum)
     check_bool(skip_nonfinite, "skip_nonfinite")
-    if not isinstance(moments, Moments):
-        raise TypeError(
-            f"`moments` must be Moments of mean, var and count; got {type(moments).__name__}."
-        )
-    moments = Moments(*map(jnp.asarray, moments))
+    check_known_bool(unbiased, "unbiased")
+    moments = checked_moments(moments, "moments")
     stats, moments = jax.lax.stop_gradient((checked_stats(stats), moments))
     _check_shapes(stats, moments)
     skip = None if skip_nonfinite is False else skip_nonfinite
@@ -199,7 +206,7 @@ def _updated(
         kept = finite | jnp.logical_not(skip_nonfinite)
         counted = kept.any()
     # At the largest integer the count stays: one more would be the smallest.
-    counted &= count < jnp.iinfo(count.dtype).max
+    counted &= count < jnp.array(jnp.iinfo(count.dtype).max, count.dtype)
     count += counted.astype(count.dtype)
     batches = jnp.maximum(count, 1).astype(dtype)
     factor = 1 / batches if momentum is None else jnp.asarray(momentum, dtype)
@@ -229,7 +236,14 @@ def checked_stats(stats: BatchStats) -> BatchStats:
             "`stats` must be a BatchStats of mean, var and count, or None where none are kept; "
             f"got {type(stats).__name__}."
         )
+    if not isinstance(stats.count, jax.Array):
+        _check_count(stats.count)
     stats = BatchStats(*(checked_array(v, f"stats.{n}") for n, v in stats._asdict().items()))
+    if stats.mean.ndim != 1:
+        raise ValueError(
+            "Running statistics must be vectors, one number for each channel; got stats.mean of "
+            f"shape {stats.mean.shape}. For several sets use jax.vmap."
+        )
     for name, vector in (("mean", stats.mean), ("var", stats.var)):
         if vector.dtype not in (jnp.float32, jnp.float64):
             raise TypeError(
@@ -268,6 +282,15 @@ def _check_names(mapping: Mapping[str, ArrayLike]) -> None:
             f"BatchStats has the names {', '.join(BatchStats._fields)}; "
             f"missing: {', '.join(missing) or 'none'}; "
             f"unknown: {', '.join(unknown) or 'none'}.{hint}"
+        )
+
+
+def _check_count(count: object) -> None:
+    """Refuses a count that int32 does not hold; one of another type is refused elsewhere."""
+    value = np.asarray(count)
+    if value.dtype.kind in "iu" and ((value < 0) | (value > np.iinfo(np.int32).max)).any():
+        raise ValueError(
+            f"`count` must be from 0 to {np.iinfo(np.int32).max}, as int32 holds it; got {value}."
         )
 
 

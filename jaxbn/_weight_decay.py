@@ -1,8 +1,12 @@
 """Which parameters weight decay leaves alone."""
 
+import re
 from typing import Any
 
 import jax
+
+# What libraries call the parameters of normalization layers, where no other layer has the name.
+AFFINE = ("scale", "offset", "gamma", "beta")
 
 
 def weight_decay_mask(params: Any) -> Any:
@@ -11,8 +15,9 @@ def weight_decay_mask(params: Any) -> Any:
     Behind a normalization, decaying `scale` and `bias` pulls a layer towards zero instead of
     making its weights small. A leaf is told by its name, the last one on its path:
 
-        scale, offset   False
-        weight          True unless it is a vector, as in normalization layers of Equinox
+        scale, offset, gamma, beta   False
+        weight          True unless it is a vector, or has the shape of the `bias` beside it, as in
+                        normalization layers of Equinox
         bias            True if a `kernel` or a `weight` to decay stands beside it, and False if not
         any other       True
 
@@ -21,10 +26,14 @@ def weight_decay_mask(params: Any) -> Any:
 
     Args:
       params: any pytree of parameters: of Linen, NNX (`nnx.state(model, nnx.Param)`), Equinox,
-        Haiku, or any nesting of dicts, lists, tuples and dataclasses with these names.
+        Haiku, Keras, or any nesting of dicts, lists, tuples and dataclasses with these names. Keys
+        may be whole paths: tuples, or strings with "/" or "." between the names.
 
     Returns:
       A tree of bools in the structure of `params`; the function itself may be `mask` in optax.
+
+    Raises:
+      ValueError: a node of the tree does not tell the names of its children.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -38,8 +47,11 @@ def weight_decay_mask(params: Any) -> Any:
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [names_on(path) for path, _ in leaves]
+    shapes = {p: getattr(leaf, "shape", ()) for p, (_, leaf) in zip(paths, leaves, strict=True)}
     vectors = {
-        path for path, (_, leaf) in zip(paths, leaves, strict=True) if getattr(leaf, "ndim", 0) < 2
+        path
+        for path, shape in shapes.items()
+        if len(shape) < 2 or shape == shapes.get((*path[:-1], "bias"))
     }
     kernels = {
         path[:i]
@@ -52,7 +64,7 @@ def weight_decay_mask(params: Any) -> Any:
         name = path[-1] if path else ""
         if name == "weight":
             return path not in vectors
-        return name not in ("scale", "offset") and (name != "bias" or path[:-1] in kernels)
+        return name not in AFFINE and (name != "bias" or path[:-1] in kernels)
 
     return jax.tree_util.tree_unflatten(treedef, map(decays, paths))
 
@@ -61,4 +73,14 @@ def names_on(path: tuple[Any, ...]) -> tuple[str, ...]:
     """The keys of a path as names, without the one that NNX puts between variable and array."""
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    names: list[str] = []
+    for entry in path:
+        if isinstance(entry, jax.tree_util.FlattenedIndexKey):
+            raise ValueError(
+                "`params` must tell the names of its leaves; got a node that numbers its children, "
+                "as nnx.to_flat_state does. Pass the nested tree: nnx.state(model, nnx.Param)."
+            )
+        key = getattr(entry, "key", None)
+        parts = key if isinstance(key, tuple) else (jax.tree_util.keystr((entry,), simple=True),)
+        names += [name for part in parts for name in re.split(r"[/.]", str(part))]
+    return tuple(names)

@@ -1,8 +1,9 @@
 """The devices that share a batch, and what they tell each other about it."""
 
 import itertools
+import math
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -102,6 +103,19 @@ def placed_like(array: jax.Array, x: jax.Array) -> jax.Array:
     mesh = old.mesh if like.mesh.empty else like.mesh
     placed: jax.Array = jax.sharding.reshard(array, NamedSharding(mesh, spec))
     return placed
+
+
+def spread_over(like: Any, axes: Sequence[int]) -> int:
+    """How many devices the type of an array spreads these axes over."""
+    entries = (like.sharding.spec[axis] for axis in axes)
+    names = names_in(entries)
+    return math.prod(like.sharding.mesh.shape[name] for name in names)
+
+
+def names_in(entries: Iterable[Any]) -> set[str]:
+    """The mesh axes in entries of a specification, each of which has none, one or several."""
+    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in entries)
+    return {name for entry in entries for name in entry if name is not None}
 
 
 def gathered(array: jax.Array, devices: Devices) -> jax.Array:

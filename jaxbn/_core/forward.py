@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxbn._activation import Activation, is_own
 from jaxbn._core.axes import expand
@@ -98,11 +99,17 @@ def normalize_by_statistics(
 
     # A negative variance shows, even where epsilon would make up for it.
     rstd = jax.lax.rsqrt(jnp.where(var < 0, jnp.nan, var) + form.epsilon)
-    # Otherwise `x − mean` is kept in place of `x`, which costs nothing, and more interpreters of
-    # jaxprs know what is left.
-    if form.activation is not None or operands.x.dtype != rstd.dtype:
+    if not is_plain(operands, form, rstd.dtype):
         output = jax.checkpoint(output, prevent_cse=False)
     return output(operands, mean, rstd)
+
+
+def is_plain(operands: Operands, form: Form, dtype: DTypeLike) -> bool:
+    """Whether inference is made of JAX's standard primitives alone, which all interpreters know.
+
+    `x − mean` is then kept for the backward pass in place of `x`, which costs nothing.
+    """
+    return form.activation is None and operands.x.dtype == dtype
 
 
 def traced_once(function: Callable[..., Any], form: Form) -> Callable[..., Any]:

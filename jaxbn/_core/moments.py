@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jaxbn._core.compilers import (
     total_in_pieces,
     written_out,
 )
-from jaxbn._core.devices import ALONE, Devices, gathered, spread, summed
+from jaxbn._core.devices import ALONE, Devices, gathered, names_in, spread, summed
 
 # Devices. One gather waits once where two sums wait twice, but its result grows with the devices.
 GATHERED = 16
@@ -63,7 +63,7 @@ def shifted_moments(
     """
     masked, sharding = mask is not None, jax.typeof(x).sharding
     mesh, spec, vector = sharding.mesh, sharding.spec, PartitionSpec(sharding.spec[axis])
-    split = _names(spec[i] for i in reduced_axes(x.ndim, axis))
+    split = names_in(spec[i] for i in reduced_axes(x.ndim, axis))
 
     def local(x: jax.Array, mask: jax.Array | None) -> Shifted:
         moments = _local_moments(x, mask, axis, dtype, differentiated)
@@ -77,7 +77,7 @@ def shifted_moments(
             mesh=mesh,
             in_specs=(spec, jax.typeof(mask).sharding.spec if masked else None),
             out_specs=Shifted._make([vector] * 3 + [vector if masked else PartitionSpec()]),
-            axis_names=_names(spec),
+            axis_names=names_in(spec),
         )
     return _merged_across(local(x, mask), masked, devices)
 
@@ -321,9 +321,3 @@ def _rows(x: jax.Array, axis: int) -> tuple[int, ...]:
 
 def _size(x: jax.Array, axes: Sequence[int]) -> int:
     return math.prod(x.shape[i] for i in axes)
-
-
-def _names(entries: Iterable[Any]) -> set[str]:
-    """The mesh axes in entries of a specification, each of which has none, one or several."""
-    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in entries)
-    return {name for entry in entries for name in entry if name is not None}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn._checks import check_bool, checked_float
+from jaxbn._checks import check_known_bool, checked_float
 from jaxbn._types import Bool, Integer
 
 # As `flax.linen.Conv` takes it.
@@ -83,7 +83,7 @@ def checked_layer(
             + f"; got layout={layout!r} for kernel.shape={shape}."
             + (f" Flax's is {example!r}." if example else "")
         )
-    check_bool(transposed, "transposed")
+    check_known_bool(transposed, "transposed")
     if not isinstance(groups, numbers.Integral) or isinstance(groups, bool) or groups < 1:
         raise ValueError(f"`feature_group_count` must be an int of at least 1; got {groups!r}.")
     letter = "I" if transposed else "O"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn._checks import check_bool, checked_float, statistics_dtype
+from jaxbn._checks import check_known_bool, checked_float, statistics_dtype
 from jaxbn._core.axes import total
 from jaxbn._folding.kernels import (
     LinearLayer,
@@ -97,7 +97,7 @@ def fold_into_conv(
       `torch.nn.utils.fusion.fuse_conv_bn_eval`.
     """
     kernel = checked_float(kernel, "kernel")
-    check_bool(before, "before")
+    check_known_bool(before, "before")
     layer = checked_layer(kernel.shape, layout, "DHW", feature_group_count, transposed)
     check_padding(padding, layer, before)
     return _fold(kernel, kernel_bias, mean, var, scale, bias, epsilon, layer, before)
@@ -152,7 +152,7 @@ def fold_into_dense(
       `torch.nn.utils.fusion.fuse_linear_bn_eval`.
     """
     kernel = checked_float(kernel, "kernel")
-    check_bool(before, "before")
+    check_known_bool(before, "before")
     layer = checked_layer(kernel.shape, layout, "")
     return _fold(kernel, kernel_bias, mean, var, scale, bias, epsilon, layer, before)
 

@@ -21,7 +21,7 @@ CONCATENATION = (
 )
 
 Paths = str | tuple[str, ...]
-Pairs = Mapping[Paths, str] | Iterable[tuple[Paths, str]]
+Pairs = Mapping[str, str] | Mapping[Paths, str] | Iterable[tuple[Paths, str]]
 
 
 class _Pair(NamedTuple):
@@ -165,12 +165,14 @@ def _once_each(pairs: Pairs) -> list[tuple[Paths, str]]:
     listed = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
     for pair in listed:
         strings = isinstance(pair, Sequence) and all(
-            isinstance(path, str) for one in pair for path in _paths(one)
+            _paths(one) and all(isinstance(path, str) for path in _paths(one)) for one in pair
         )
-        if isinstance(pair, str) or not strings or len(pair) != 2:
+        if isinstance(pair, str) or not strings or len(pair) != 2 or isinstance(pair[1], tuple):
             raise TypeError(
                 "`pairs` must hold pairs of paths, for example "
-                f'[("block_0/Conv_0", "block_0/BatchNorm_0")]; got {pair!r} in it.'
+                f'[("block_0/Conv_0", "block_0/BatchNorm_0")]; got {pair!r} in it. The first of a '
+                "pair may be a tuple of layers with concatenated outputs. A batch norm before "
+                "several layers cannot be folded."
             )
     paths = [path for pair in listed for one in pair for path in _paths(one)]
     for path in paths:
@@ -228,10 +230,15 @@ def _checked_pair(pair: tuple[str, str], linears: Collection[str], norms: Collec
 
 
 def _check_kernel_is_used(variables: Tree, linear: str) -> None:
-    """Refuses a layer with variables that its kernel is computed from, or with."""
+    """Refuses a layer with variables that its kernel is computed from, or with.
+
+    A wrapper without variables of its own, `nn.WeightNorm(…, use_scale=False)`, does not show.
+    """
     own, layer = f"{linear}/", linear.split("/")
     others = []
     for collection, tree in variables.items():
+        if collection == "intermediates":
+            continue
         for path, _ in jax.tree_util.tree_leaves_with_path(tree):
             names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
             *parents, name = names
@@ -241,8 +248,7 @@ def _check_kernel_is_used(variables: Tree, linear: str) -> None:
             # Linen's wrappers name what they hold after the parameter: "conv/kernel/scale".
             elif "/".join([*parents[:-1], name]).startswith(f"{own}kernel/"):
                 others.append(name)
-    if "layer_instance" in layer:  # a wrapper of NNX
-        others.append("layer_instance")
+    others += [name for name in layer if name in ("layer_instance", "base_module")]  # NNX wraps it
     if others:
         raise ValueError(
             f"A layer must use its `kernel` as it is stored; got {linear!r} with "
@@ -278,7 +284,12 @@ def _fold(
             )
     except (TypeError, ValueError) as error:
         error.add_note(f"This was to fold {pair.norm!r} into {pair.linear!r}.")
-        if not before and pair.channels is None and jnp.size(mean) > jnp.shape(kernel)[-1]:
+        if (
+            not before
+            and pair.channels is None
+            and jnp.ndim(mean) == 1
+            and jnp.size(mean) > jnp.shape(kernel)[-1]
+        ):
             error.add_note(CONCATENATION)
         raise
     finite = [jnp.isfinite(value) for value in (mean, var, *new)]

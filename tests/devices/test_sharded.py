@@ -1,5 +1,6 @@
 """Sharded arrays under `jit`: one batch, whatever is where, on automatic and explicit meshes."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compare import assert_close
 from helpers.numpy_reference import error, masked_train, problem, tolerance
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -256,3 +258,54 @@ def test_an_axis_of_vmap_inside_of_shard_map(names):
     assert error(run(False), expected) <= 1e-6
     with pytest.raises(NotImplementedError, match="Pass check_vma=False to"):
         run(True)
+
+
+OWN = {
+    "softmax": lambda z: jax.nn.softmax(z, -1),
+    "where": lambda z: jnp.where(z > 0, z, 0.1 * z),
+    "loop": lambda z: jax.lax.fori_loop(0, 2, lambda i, c: c * 0.5 + z, z),
+}
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", OWN)
+def test_a_function_and_groups_inside_of_shard_map(name, check_vma):
+    x, scale, bias, dy = problem((8, 3, 6), -1, dtype=np.float32)
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
+
+    def functions(activation):
+        options = {"activation": activation}
+        yield lambda x: jaxbn.normalize(x, bias, scale**2, scale, bias, **options)
+        yield lambda x: jaxbn.batch_normalize(x, scale, bias, virtual_batch_size=2, **options)[0]
+
+    def results(function, x, dy):
+        y, pullback = jax.vjp(function, x)
+        return y, pullback(dy)
+
+    for function, plain in zip(functions(OWN[name]), functions(None), strict=True):
+        mapped = jax.shard_map(
+            functools.partial(results, function),
+            mesh=mesh,
+            in_specs=P("a"),
+            out_specs=P("a"),
+            check_vma=check_vma,
+        )
+        expected = results(lambda x, plain=plain: OWN[name](plain(x)), x, dy)
+        assert_close(jax.jit(mapped)(x, dy), expected, 1e-5)
+
+
+def test_the_type_of_an_output_of_a_function_says_where_it_is():
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((8, 3, 6)), NamedSharding(mesh, P("a")))
+
+        @jax.jit
+        def gradient(x):
+            def loss(x):
+                y, _ = jaxbn.batch_normalize(x, activation=OWN["loop"])
+                assert jax.typeof(y).sharding.spec[0] == "a"
+                return y.sum()
+
+            return jax.grad(loss)(x)
+
+        assert gradient(x).shape == x.shape

@@ -16,6 +16,7 @@ MORE = {
     "make_digits.py": {"sklearn"},
     "mobilenet_torch.py": {"torch"},
     "import_torch_model.py": {"safetensors"},
+    "onnx_file.py": {"onnx"},
 }
 TRAINER = """
 import sys

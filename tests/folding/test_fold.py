@@ -520,9 +520,9 @@ CASES = {
     "transposed that is no bool": (
         lambda: fold_conv(transposed="no"),
         TypeError,
-        "`transposed` must be True, False",
+        "`transposed` must be True or False, known when traced; got 'no'.",
     ),
-    "before that is no bool": (lambda: fold_conv(before=1), TypeError, "`before` must be True, F"),
+    "before that is no bool": (lambda: fold_conv(before=1), TypeError, "`before` must be True o"),
     "negative epsilon": (
         lambda: fold_dense(epsilon=-1e-5),
         ValueError,

@@ -242,6 +242,10 @@ def reparametrized():
     yield "low rank", *low_rank, "'lora_a', 'lora_b'"
     layer = of_nnx(lambda rngs: nnx.WeightNorm(nnx.Conv(3, 4, (3, 3), rngs=rngs), rngs=rngs))
     yield "weight normalization of NNX", *layer, "'layer_instance'"
+    wrapped = of_nnx(
+        lambda rngs: nnx.LoRA(3, 2, 4, base_module=nnx.Linear(3, 4, rngs=rngs), rngs=rngs)
+    )[0]
+    yield "low rank around a layer", wrapped, "conv/base_module", "'base_module'"
     norm = {"mean": V4, "var": V4}
     quantized = {"params": {"conv": {"kernel": KERNEL, "kernel_scale": V4}}}
     yield "quantized", {**quantized, "batch_stats": {"norm": norm}}, "conv", "'kernel_scale'"
@@ -333,6 +337,16 @@ CASES = {
         TypeError,
         '`pairs` must hold pairs of paths, for example [("block_0/Conv_0", '
         "\"block_0/BatchNorm_0\")]; got 'conv' in it.",
+    ),
+    "a batch norm before two layers": (
+        lambda: fold_tree(("before", ("conv", "dense"))),
+        TypeError,
+        "A batch norm before several layers cannot be folded.",
+    ),
+    "an empty concatenation": (
+        lambda: fold_tree(((), "norm")),
+        TypeError,
+        "got ((), 'norm') in it.",
     ),
     "three of them": (lambda: fold_tree(("conv", "norm", "dense")), TypeError, "got ('conv', 'n"),
     "no strings": (lambda: fold_tree((0, 1)), TypeError, "got (0, 1) in it."),

@@ -40,6 +40,64 @@ def trained_layer(module, x, other):
 
 
 CASES = {
+    "unbiased that is traced": (
+        lambda: jax.jit(lambda flag: train(unbiased=flag))(jnp.array(True)),
+        TypeError,
+        "`unbiased` must be True or False, known when traced; got",
+    ),
+    "unbiased that is no bool": (
+        lambda: train(unbiased="no"),
+        TypeError,
+        "`unbiased` must be True or False, known when traced; got 'no'.",
+    ),
+    "count of other channels": (
+        lambda: jaxbn.update_batch_stats(STATS, MOMENTS._replace(count=jnp.ones(2))),
+        ValueError,
+        "`moments` must have a mean and a variance of shape [C], and a count of shape [] or [C]; "
+        "got (3,), (3,) and (2,).",
+    ),
+    "complex moments": (
+        lambda: jaxbn.update_batch_stats(STATS, MOMENTS._replace(mean=jnp.ones(3, complex))),
+        TypeError,
+        f"`moments.mean` {FLOATS}; got complex64.",
+    ),
+    "stacked statistics": (
+        lambda: jaxbn.update_batch_stats(jax.tree.map(lambda v: v[None], STATS), MOMENTS),
+        ValueError,
+        "Running statistics must be vectors, one number for each channel; got stats.mean of shape "
+        "(1, 3).",
+    ),
+    "merging statistics": (
+        lambda: jaxbn.merge_moments(MOMENTS, STATS),
+        TypeError,
+        "`argument 2` must be Moments of mean, var and count; got BatchStats.",
+    ),
+    "merging stacks": (
+        lambda: jaxbn.merge_moments(jax.tree.map(lambda v: v[None], MOMENTS)),
+        ValueError,
+        "got (1, 3), (1, 3) and (1,). For several sets use jax.vmap.",
+    ),
+    "features that are no int": (
+        lambda: jaxbn.init_batch_stats(2.5),
+        TypeError,
+        "`num_features` must be an int, the number of channels; got 2.5.",
+    ),
+    "epsilon beyond all floats": (
+        lambda: train(epsilon=10**400),
+        ValueError,
+        "`epsilon` must be finite and positive during training; got inf.",
+    ),
+    "epsilon that float16 rounds": (
+        lambda: train(epsilon=np.float16(-1e-5)),
+        ValueError,
+        "`epsilon` must be finite and positive during training; got -1",
+    ),
+    "layer, numbers in the place of the mode": (
+        lambda: linen.BatchNorm().init(jax.random.key(0), X, jnp.ones((8, 4, 4, 1))),
+        ValueError,
+        "`use_running_average` must be one bool, for all samples; got float32 of shape "
+        "(8, 4, 4, 1). A mask goes by its name: mask=….",
+    ),
     "integer input": (lambda: train(X.astype(int)), TypeError, f"`x` {FLOATS}; got int32."),
     "bool input": (lambda: train(X > 0), TypeError, f"`x` {FLOATS}; got bool."),
     "complex input": (

@@ -168,3 +168,20 @@ def test_the_count_stays_at_its_largest():
     for count, expected in ((largest - 1, largest), (largest, largest)):
         stats = jaxbn.init_batch_stats(3)._replace(count=jnp.int32(count))
         assert jaxbn.update_batch_stats(stats, moments).count == expected
+
+
+@pytest.mark.parametrize("count", [np.int64(2**31), 2**31, -1, np.uint32(2**32 - 1)])
+def test_a_count_that_int32_does_not_hold_is_refused(count):
+    moments, stats = jaxbn.batch_moments(jnp.ones((4, 2))), jaxbn.init_batch_stats(2)
+    message = "`count` must be from 0 to 2147483647, as int32 holds it; got"
+    with pytest.raises(ValueError, match=message):
+        jaxbn.update_batch_stats(stats._replace(count=count), moments)
+    with pytest.raises(ValueError, match=message):
+        jaxbn.BatchStats.from_mapping({**stats._asdict(), "count": np.asarray(count)})
+
+
+def test_unsigned_counts_stay_at_their_largest():
+    moments, stats = jaxbn.batch_moments(jnp.ones((4, 2))), jaxbn.init_batch_stats(2)
+    for start, after in ((5, 6), (2**32 - 2, 2**32 - 1), (2**32 - 1, 2**32 - 1)):
+        given = stats._replace(count=jnp.uint32(start))
+        assert int(jaxbn.update_batch_stats(given, moments).count) == after

@@ -184,3 +184,37 @@ def test_the_names_of_haiku():
         "linear": {"w": True, "b": True},
         "batch_norm": {"scale": False, "offset": False},
     }
+
+
+VECTOR, MATRIX = np.ones(3), np.ones((3, 3))
+OTHER_TREES = {
+    "several axes": ({"weight": MATRIX, "bias": MATRIX}, {"weight": False, "bias": False}),
+    "Keras": (
+        {"bn": {"gamma": VECTOR, "beta": VECTOR}, "dense": {"kernel": MATRIX, "bias": VECTOR}},
+        {"bn": {"gamma": False, "beta": False}, "dense": {"kernel": True, "bias": True}},
+    ),
+    "slashes": (
+        {"bn/scale": VECTOR, "bn/bias": VECTOR, "dense/kernel": MATRIX, "dense/bias": VECTOR},
+        {"bn/scale": False, "bn/bias": False, "dense/kernel": True, "dense/bias": True},
+    ),
+    "dots": (
+        {"bn.weight": VECTOR, "bn.bias": VECTOR, "fc.weight": MATRIX, "fc.bias": VECTOR},
+        {"bn.weight": False, "bn.bias": False, "fc.weight": True, "fc.bias": True},
+    ),
+    "tuples": (
+        {("bn", "scale"): VECTOR, ("bn", "bias"): VECTOR, ("fc", "kernel"): MATRIX},
+        {("bn", "scale"): False, ("bn", "bias"): False, ("fc", "kernel"): True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TREES)
+def test_other_trees(name):
+    params, expected = OTHER_TREES[name]
+    assert jaxbn.weight_decay_mask(params) == expected
+
+
+def test_a_tree_without_names_is_refused():
+    flat = nnx.to_flat_state(nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Param))
+    with pytest.raises(ValueError, match="`params` must tell the names of its leaves"):
+        jaxbn.weight_decay_mask(flat)

@@ -263,9 +263,10 @@ def test_a_scan_differentiates_what_was_rounded():
     assert error(scanned, expected) <= error(gradient(weight, by_flax, True), expected)
 
 
-def test_inference_has_taylor_coefficients():
+@pytest.mark.parametrize("samples", [6, 2**14])
+def test_inference_has_taylor_coefficients(samples):
     """`jet` knows neither `jax.checkpoint` nor functions with a derivative rule of their own."""
-    x, scale, bias, _ = problem((6, 4), -1, dtype=np.float32)
+    x, scale, bias, _ = problem((samples, 4), -1, dtype=np.float32)
     mean, var = bias + 2, np.abs(scale) + 1
     series = [np.cos(x), np.sin(x), np.ones_like(x)]
 

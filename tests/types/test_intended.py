@@ -43,11 +43,15 @@ def test_arrays_of_numpy_and_statistics_with_an_int() -> None:
     kept = jaxbn.BatchStats(moments.mean, moments.var, 0)
     kept = jaxbn.update_batch_stats(kept, jaxbn.batch_moments(HOST), momentum=0.5)
     assert kept.count == 1
+    assert jaxbn.init_batch_stats(np.int64(4), "float32").count == 0
+    assert jaxbn.BatchStats(moments.mean, moments.var, np.int32(2)).count == 2
     kept = jaxbn.BatchStats.from_mapping({"mean": VECTOR, "var": VECTOR, "count": 7})
     assert kept.count == 7
 
 
 def test_folding() -> None:
+    pairs: dict[str, str] = {}
+    assert jaxbn.fold_variables({"params": {}, "batch_stats": {}}, pairs)
     kernel, groups = np.ones((1, 1, 2, 4), np.float32), np.int64(1)
     folded, bias = jaxbn.fold_into_conv(kernel, None, VECTOR, VECTOR, feature_group_count=groups)
     assert_type(folded, jax.Array)
