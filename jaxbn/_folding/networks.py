@@ -98,6 +98,11 @@ def fold_variables(
         pair for given in _once_each(pairs) for pair in _checked_pairs(given, linears, norms)
     ]
     for pair in checked:
+        if hasattr(linears[pair.linear]["kernel"], "unbox"):
+            raise TypeError(
+                f"`variables` must hold arrays; got a box of metadata for {pair.linear!r}. "
+                "Use flax.linen.unbox(variables)."
+            )
         _check_kernel_is_used(variables, pair.linear)
     if padding is not None and not any(
         pair.before and jnp.ndim(linears[pair.linear]["kernel"]) > 2 for pair in checked

@@ -260,6 +260,15 @@ def test_kernels_that_are_not_used_as_stored_are_refused():
         assert f"got {layer!r} with {found}, such as weight" in str(caught.value), name
 
 
+def test_boxes_of_metadata_are_named():
+    layer = nn.Dense(4, kernel_init=nn.with_partitioning(nn.initializers.ones, (None, "model")))
+    params = {"dense": layer.init(jax.random.key(0), jnp.ones((1, 3)))["params"]}
+    variables = {"params": params, "batch_stats": {"norm": {"mean": V4, "var": V4}}}
+    with pytest.raises(TypeError, match=r"for 'dense'\. Use flax\.linen\.unbox\(variables\)\."):
+        jaxbn.fold_variables(variables, [("dense", "norm")])
+    jaxbn.fold_variables(nn.unbox(variables), [("dense", "norm")])
+
+
 def test_constants_inside_of_jit_are_checked():
     bad = tree(batch_stats={"norm": {"mean": np.zeros(4), "var": -np.ones(4)}})
     with pytest.raises(ValueError, match="finite and not negative; got 4 of 4 values"):
