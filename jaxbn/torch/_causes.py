@@ -78,15 +78,20 @@ def check_supported(keys: Iterable[str]) -> None:
 
 
 def hints(
-    slots: Mapping[str, Slot], entries: Mapping[str, Any], keys: Collection[str], prefix: str
+    slots: Mapping[str, Slot],
+    entries: Mapping[str, Any],
+    keys: Collection[str],
+    prefix: str,
+    guessed: Collection[str] = (),
 ) -> list[str]:
     """What to do about the entries that are missing, left over or of another shape.
 
-    `keys` are those of the whole dict, `entries` those of them that begin with `prefix`.
+    `keys` are those of the whole dict, `entries` those of them that begin with `prefix`; `guessed`
+    are the names that `match_names` found by shape and order.
     """
     return [
         *_of_beginnings(slots, keys, prefix),
-        *_of_transposed(slots, entries, prefix),
+        *_of_transposed(slots, entries, prefix, guessed),
         *_of_kinds(slots, entries),
         *_of_tied(slots, entries),
         *onnx_hint(entries),
@@ -123,7 +128,7 @@ def _of_beginnings(slots: Iterable[str], keys: Collection[str], prefix: str) -> 
 
 
 def _of_transposed(
-    slots: Mapping[str, Slot], entries: Mapping[str, Any], prefix: str
+    slots: Mapping[str, Slot], entries: Mapping[str, Any], prefix: str, guessed: Collection[str]
 ) -> Iterator[str]:
     """Where convolutions are transposed and not listed so, or the reverse."""
     wrong: dict[bool, list[str]] = {False: [], True: []}
@@ -137,9 +142,17 @@ def _of_transposed(
         if swapped or (weight == slot.shape and bias == (others,) != (outputs,)):
             wrong[slot.transposed].append(name.removeprefix(prefix).removesuffix("."))
     if wrong[False]:
-        yield f"These fit as transposed convolutions: pass transposed={wrong[False]}."
+        listed = [key for key, slot in slots.items() if slot.transposed and key.endswith("weight")]
+        listed = [key.removeprefix(prefix).removesuffix(".weight") for key in listed]
+        right = [name for name in listed if name not in wrong[True]]
+        yield f"These fit as transposed convolutions: pass transposed={right + wrong[False]}."
     if wrong[True]:
         yield f"These fit if `transposed` does not have them: {wrong[True]}."
+    if guesses := [name for name in (*wrong[False], *wrong[True]) if name in guessed]:
+        yield (
+            f"match_names has guessed the Flax modules of {guesses}. Pass all transposed "
+            "convolutions as `transposed` to it, too, and read `guessed`."
+        )
 
 
 def _of_kinds(slots: Mapping[str, Slot], entries: Mapping[str, Any]) -> Iterator[str]:

@@ -17,6 +17,9 @@ _WORDS = re.compile(
     re.IGNORECASE,
 )
 
+# The number of a module, which that of dimensions in BatchNorm2d_0 is not.
+_NUMBER = re.compile(r"\d+(?!\d|d(?![a-z]))", re.IGNORECASE)
+
 
 class Layer(NamedTuple):
     """A module with variables of its own."""
@@ -92,6 +95,31 @@ def anchored(pairs: Mapping[str, str], torch: Layers, flax: Layers) -> tuple[Lay
         tuple(t._replace(kind=own[pairs[t.name]]) if t.name in pairs else t for t in torch),
         tuple(layer._replace(kind=own.get(layer.name, layer.kind)) for layer in flax),
     )
+
+
+def unoriented(torch: Layers, flax: Layers) -> tuple[Layers, Layers]:
+    """The layers, without the order of the two channel axes where that tells nothing.
+
+    A bias has the number of outputs. Without one, only names such as Conv_0 and ConvTranspose_0
+    tell which convolutions are transposed.
+    """
+
+    def unordered(kind: Kind) -> Kind:
+        return tuple((e, (*sorted(s[:2]), *s[2:]) if len(s) > 2 else s) for e, s in kind)
+
+    theirs, ours = kinds(torch), kinds(flax)
+    told = re.compile(r"(^|/)Conv(Transpose)?_\d+$")
+    unsure = {unordered(kind) for kind in (theirs - ours) | (ours - theirs)}
+    unsure |= {unordered(layer.kind) for layer in flax if not told.search(layer.name)}
+
+    def read(layers: Layers) -> Layers:
+        kind = {layer.kind: unordered(layer.kind) for layer in layers}
+        return tuple(
+            layer._replace(kind=kind[layer.kind]) if kind[layer.kind] in unsure else layer
+            for layer in layers
+        )
+
+    return read(torch), read(flax)
 
 
 def _inside(layer: Layer, module: Path) -> bool:
@@ -253,8 +281,8 @@ def _residue(name: str) -> str:
 
 
 def _stem(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
+    return _NUMBER.sub("#", name)
 
 
 def _order(name: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", name)))
+    return tuple(map(int, _NUMBER.findall(name)))

@@ -136,7 +136,7 @@ def from_state_dict(
     problems = _problems(entries, slots, uncovered)
     if problems:
         model = "BatchNorm" if names is None else "the model"
-        problems += hints(slots, entries, tensors, prefix)
+        problems += hints(slots, entries, tensors, prefix, getattr(names, "guessed", ()))
         raise ValueError("\n\t".join([f"Error(s) in loading state_dict for {model}:", *problems]))
     trees: dict[str, Tree] = {"params": {}, "batch_stats": {}}
     for key, slot in slots.items():
