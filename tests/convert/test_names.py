@@ -251,7 +251,8 @@ def test_transposed_convolutions_of_mirrored_shapes():
         "match_names has guessed the Flax modules of ['0', '2']. Pass all transposed convolutions "
         "as `transposed` to it, too, and read `guessed`."
     )
-    with pytest.raises(ValueError, match=r"`transposed` must hold names of torch modules.*'up1'"):
+    message = "`transposed` must hold names of torch's convolutions; got ['up1']."
+    with pytest.raises(ValueError, match=re.escape(message)):
         match_names(state_dict, variables, transposed=["up1"])
 
 
