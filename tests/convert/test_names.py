@@ -156,6 +156,20 @@ FOUND = {
         [f"block.{name}" for name in ("conv1", "bn1", "conv2", "bn2")]
         + [f"block.downsample.{i}" for i in range(2)],
     ),
+    **{
+        f"a shortcut that Flax calls first, {norm}": (
+            [
+                ("conv1", "Conv_1", conv(2, 4)),
+                ("bn1", f"{norm}_1", B),
+                ("conv2", "Conv_2", C),
+                ("bn2", f"{norm}_2", B),
+                ("downsample.0", "Conv_0", conv(2, 4, 1)),
+                ("downsample.1", f"{norm}_0", B),
+            ],
+            None,
+        )
+        for norm in ("BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
+    },
     "a shortcut with names of its own": (
         [
             ("conv1", "Conv_0", C),
