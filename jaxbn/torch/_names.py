@@ -66,7 +66,8 @@ def match_names(
     - Flax calls modules that differ in a number (`Conv_0`, `Conv_1`) in the order in which torch
       registers theirs, and each in a statement of its own. Of `nn.Dense(4)(nn.Dense(4)(x))` the
       outer one, called last, is `Dense_0`, since Flax numbers modules where they are constructed.
-      Where the shapes contradict the order (a shortcut that is called first), shapes alone decide;
+      Where the shapes contradict the order (a shortcut that is called first), shapes alone decide
+      on these modules, and on all between the first and the last of them in torch;
     - a convolution and a batch norm whose names differ in nothing else (`Conv_1` and
       `BatchNorm_1`, `conv_proj` and `norm_proj`) are neighbours.
 

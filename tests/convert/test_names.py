@@ -170,6 +170,18 @@ FOUND = {
         )
         for norm in ("BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
     },
+    "nested calls in the head leave the order of the body": (
+        [
+            *[
+                (f"{2 * i + j}", f"{flax}_{i}", entries)
+                for i in range(3)
+                for j, (flax, entries) in enumerate((("Conv", C), ("BatchNorm2d", B)))
+            ],
+            ("6", "Dense_1", dense(4, 8)),
+            ("7", "Dense_0", dense(8, 5)),
+        ],
+        None,
+    ),
     "a shortcut with names of its own": (
         [
             ("conv1", "Conv_0", C),
@@ -332,6 +344,12 @@ def test_what_is_known():
     assert names == {name: path for name, path, _ in layers}
     assert set(names.guessed) == names.keys() - known.keys()
 
+    order = [("shortcut", "Conv_0", C), *[(f"{i}", f"Conv_{i}", C) for i in range(1, 4)]]
+    layers = [*order[1:], order[0], ("4", "Dense_1", dense(4, 8)), ("5", "Dense_0", dense(8, 5))]
+    state_dict, variables = both_sides(layers)
+    names = match_names(state_dict, variables, known={"shortcut": "Conv_0"})
+    assert names == {name: path for name, path, _ in layers}
+
     state_dict, variables = both_sides([("x", "a", D), ("y", "b", C), ("z", "c", C)])
     names = match_names(state_dict, variables, known={"x": "b", "y": "a"})  # of other shapes
     assert names == {"x": "b", "y": "a", "z": "c"}
@@ -401,6 +419,23 @@ REFUSED = {
     "orders that contradict each other": (
         [("a.0", "", C), ("a.1", "", conv(4, 4, 1)), ("b", "", C)],
         [("", "Conv_0", C), ("", "Conv_1", C), ("", "Conv_2", conv(4, 4, 1))],
+        "in more than one way",
+    ),
+    "norms between convolutions that contradict their order": (
+        [
+            ("0", "", conv(4, 8)),
+            ("1", "", norm(8)),
+            ("2", "", conv(8, 8, 1)),
+            ("3", "", norm(8)),
+            ("4", "", conv(8, 8, 5)),
+        ],
+        [
+            ("a", "Conv_1", conv(4, 8)),
+            ("b", "BatchNorm_0", norm(8)),
+            ("c", "Conv_0", conv(8, 8, 1)),
+            ("d", "BatchNorm_1", norm(8)),
+            ("e", "Conv_2", conv(8, 8, 5)),
+        ],
         "in more than one way",
     ),
     "lists side by side, and modules": (
