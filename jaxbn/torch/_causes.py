@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn.torch._slots import Slot
+from jaxbn.torch._slots import ENTRIES, Slot
 from jaxbn.torch._tensors import as_array
 
 BY_HAND = "Leave it out of the dict and of `variables`, and convert its weights by hand."
@@ -43,7 +43,12 @@ UNSUPPORTED = {
 
 
 def check_not_nested(state_dict: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint that has state_dicts inside."""
+    """Refuses a checkpoint that has state_dicts inside, and the state of an optimizer."""
+    if {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            "`state_dict` must be that of a model; got that of an optimizer, with state and "
+            "param_groups."
+        )
     if inside := list(_inside(state_dict, "state_dict")):
         raise ValueError(
             f"`state_dict` must map names to arrays; got a checkpoint of {sorted(state_dict)}. "
@@ -82,16 +87,18 @@ def hints(
     entries: Mapping[str, Any],
     keys: Collection[str],
     prefix: str,
-    guessed: Collection[str] = (),
+    names: Mapping[str, str] | None,
+    variables: Mapping[str, Any] | None,
 ) -> list[str]:
     """What to do about the entries that are missing, left over or of another shape.
 
-    `keys` are those of the whole dict, `entries` those of them that begin with `prefix`; `guessed`
-    are the names that `match_names` found by shape and order.
+    `keys` are those of the whole dict, `entries` those of them that begin with `prefix`.
     """
     return [
         *_of_beginnings(slots, keys, prefix),
-        *_of_transposed(slots, entries, prefix, guessed),
+        *hints_of_names(names, entries, prefix),
+        *statistics_hint(entries, variables),
+        *_of_transposed(slots, entries, prefix, getattr(names, "guessed", ())),
         *_of_kinds(slots, entries),
         *_of_tied(slots, entries),
         *onnx_hint(entries),
@@ -106,6 +113,39 @@ def onnx_hint(keys: Iterable[str]) -> list[str]:
         for key in keys
         if key.startswith(("onnx::", "/"))
     ][:1]
+
+
+def statistics_hint(keys: Iterable[str], variables: Mapping[str, Any] | None) -> list[str]:
+    """A line for an error where only the dict has statistics."""
+    if variables is None or variables.get("batch_stats"):
+        return []
+    if not any(key.rpartition(".")[2] in ("running_mean", "running_var") for key in keys):
+        return []
+    return [
+        "`variables` has no statistics. If the model keeps some, pass the collection batch_stats, "
+        "too."
+    ]
+
+
+def hints_of_names(
+    names: Mapping[str, str] | None, keys: Collection[str], prefix: str
+) -> Iterator[str]:
+    """Where `names` is missing, or has keys or paths that are none of modules."""
+    if names is None:
+        parts = [key.rpartition(".") for key in keys]
+        if len({module for module, _, entry in parts if entry in ENTRIES}) > 1:
+            yield (
+                "These are several layers. For a model pass names=match_names(state_dict, "
+                "variables), and `variables`."
+            )
+        return
+    for name, path in names.items():
+        module, _, entry = name.rpartition(".")
+        if module and entry in ENTRIES and prefix + name in keys:
+            yield f"`names` must have modules of torch as keys: {module!r} instead of {name!r}."
+        collection, _, inside = path.partition("/")
+        if inside and collection in ("params", "batch_stats"):
+            yield f"Paths in `names` begin inside of a collection: {inside!r} instead of {path!r}."
 
 
 def _of_beginnings(slots: Iterable[str], keys: Collection[str], prefix: str) -> Iterator[str]:

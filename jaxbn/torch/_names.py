@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn.torch._causes import check_not_nested, check_supported, onnx_hint
+from jaxbn.torch._causes import check_not_nested, check_supported, onnx_hint, statistics_hint
 from jaxbn.torch._matching import (
     Kind,
     Layer,
@@ -155,7 +155,7 @@ def match_names(
         given |= by_name
     exact = anchored(given, torch, flax)
     readings = [exact, unoriented(*exact)] if transposed is None else [exact]
-    names = _only_way(readings, entries)
+    names = _only_way(readings, entries, variables)
     ordered = {layer.name: names[layer.name] for layer in torch}
     return Names(ordered, ordered.items() - {**by_name, **known}.items())
 
@@ -216,7 +216,9 @@ def _alphabetical(entries: Mapping[str, Any]) -> bool:
     return all(some == sorted(some) for some in keys.values())
 
 
-def _only_way(readings: list[tuple[Layers, Layers]], entries: Mapping[str, Any]) -> dict[str, str]:
+def _only_way(
+    readings: list[tuple[Layers, Layers]], entries: Mapping[str, Any], variables: Mapping[str, Any]
+) -> dict[str, str]:
     """The only way to match the layers; otherwise an error that shows both sides."""
     torch, flax = readings[-1]  # the one that more fits
     theirs, ours = kinds(torch), kinds(flax)
@@ -226,7 +228,8 @@ def _only_way(readings: list[tuple[Layers, Layers]], entries: Mapping[str, Any])
             "part. They differ in these, shapes in torch's layout:"
         )
         lines = _both_sides(torch, flax, (theirs - ours) | (ours - theirs))
-        raise ValueError("\n\t".join([title, *lines, *onnx_hint(entries)]))
+        lines += [*statistics_hint(entries, variables), *onnx_hint(entries)]
+        raise ValueError("\n\t".join([title, *lines]))
     alphabetical = _alphabetical(entries)
     found: list[dict[str, str]] = []
     for torch, flax in readings:
