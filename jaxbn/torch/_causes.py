@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn.torch._slots import Slot
+from jaxbn.torch._slots import ENTRIES, Slot
 from jaxbn.torch._tensors import as_array
 
 BY_HAND = "Leave it out of the dict and of `variables`, and convert its weights by hand."
@@ -43,7 +43,12 @@ UNSUPPORTED = {
 
 
 def check_not_nested(state_dict: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint that has state_dicts inside."""
+    """Refuses a checkpoint that has state_dicts inside, and the state of an optimizer."""
+    if {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            "`state_dict` must be that of a model; got that of an optimizer, with state and "
+            "param_groups."
+        )
     if inside := list(_inside(state_dict, "state_dict")):
         raise ValueError(
             f"`state_dict` must map names to arrays; got a checkpoint of {sorted(state_dict)}. "
@@ -78,7 +83,12 @@ def check_supported(keys: Iterable[str]) -> None:
 
 
 def hints(
-    slots: Mapping[str, Slot], entries: Mapping[str, Any], keys: Collection[str], prefix: str
+    slots: Mapping[str, Slot],
+    entries: Mapping[str, Any],
+    keys: Collection[str],
+    prefix: str,
+    names: Mapping[str, str] | None,
+    variables: Mapping[str, Any] | None,
 ) -> list[str]:
     """What to do about the entries that are missing, left over or of another shape.
 
@@ -86,7 +96,9 @@ def hints(
     """
     return [
         *_of_beginnings(slots, keys, prefix),
-        *_of_transposed(slots, entries, prefix),
+        *hints_of_names(names, entries, prefix),
+        *statistics_hint(entries, variables),
+        *_of_transposed(slots, entries, prefix, getattr(names, "guessed", ())),
         *_of_kinds(slots, entries),
         *_of_tied(slots, entries),
         *onnx_hint(entries),
@@ -101,6 +113,39 @@ def onnx_hint(keys: Iterable[str]) -> list[str]:
         for key in keys
         if key.startswith(("onnx::", "/"))
     ][:1]
+
+
+def statistics_hint(keys: Iterable[str], variables: Mapping[str, Any] | None) -> list[str]:
+    """A line for an error where only the dict has statistics."""
+    if variables is None or variables.get("batch_stats"):
+        return []
+    if not any(key.rpartition(".")[2] in ("running_mean", "running_var") for key in keys):
+        return []
+    return [
+        "`variables` has no statistics. If the model keeps some, pass the collection batch_stats, "
+        "too."
+    ]
+
+
+def hints_of_names(
+    names: Mapping[str, str] | None, keys: Collection[str], prefix: str
+) -> Iterator[str]:
+    """Where `names` is missing, or has keys or paths that are none of modules."""
+    if names is None:
+        parts = [key.rpartition(".") for key in keys]
+        if len({module for module, _, entry in parts if entry in ENTRIES}) > 1:
+            yield (
+                "These are several layers. For a model pass names=match_names(state_dict, "
+                "variables), and `variables`."
+            )
+        return
+    for name, path in names.items():
+        module, _, entry = name.rpartition(".")
+        if module and entry in ENTRIES and prefix + name in keys:
+            yield f"`names` must have modules of torch as keys: {module!r} instead of {name!r}."
+        collection, _, inside = path.partition("/")
+        if inside and collection in ("params", "batch_stats"):
+            yield f"Paths in `names` begin inside of a collection: {inside!r} instead of {path!r}."
 
 
 def _of_beginnings(slots: Iterable[str], keys: Collection[str], prefix: str) -> Iterator[str]:
@@ -123,7 +168,7 @@ def _of_beginnings(slots: Iterable[str], keys: Collection[str], prefix: str) -> 
 
 
 def _of_transposed(
-    slots: Mapping[str, Slot], entries: Mapping[str, Any], prefix: str
+    slots: Mapping[str, Slot], entries: Mapping[str, Any], prefix: str, guessed: Collection[str]
 ) -> Iterator[str]:
     """Where convolutions are transposed and not listed so, or the reverse."""
     wrong: dict[bool, list[str]] = {False: [], True: []}
@@ -137,9 +182,17 @@ def _of_transposed(
         if swapped or (weight == slot.shape and bias == (others,) != (outputs,)):
             wrong[slot.transposed].append(name.removeprefix(prefix).removesuffix("."))
     if wrong[False]:
-        yield f"These fit as transposed convolutions: pass transposed={wrong[False]}."
+        listed = [key for key, slot in slots.items() if slot.transposed and key.endswith("weight")]
+        listed = [key.removeprefix(prefix).removesuffix(".weight") for key in listed]
+        right = [name for name in listed if name not in wrong[True]]
+        yield f"These fit as transposed convolutions: pass transposed={right + wrong[False]}."
     if wrong[True]:
         yield f"These fit if `transposed` does not have them: {wrong[True]}."
+    if guesses := [name for name in (*wrong[False], *wrong[True]) if name in guessed]:
+        yield (
+            f"match_names has guessed the Flax modules of {guesses}. Pass all transposed "
+            "convolutions as `transposed` to it, too, and read `guessed`."
+        )
 
 
 def _of_kinds(slots: Mapping[str, Slot], entries: Mapping[str, Any]) -> Iterator[str]:

@@ -17,6 +17,9 @@ _WORDS = re.compile(
     re.IGNORECASE,
 )
 
+# The number of a module, which that of dimensions in BatchNorm2d_0 is not.
+_NUMBER = re.compile(r"\d+(?!\d|d(?![a-z]))", re.IGNORECASE)
+
 
 class Layer(NamedTuple):
     """A module with variables of its own."""
@@ -94,6 +97,31 @@ def anchored(pairs: Mapping[str, str], torch: Layers, flax: Layers) -> tuple[Lay
     )
 
 
+def unoriented(torch: Layers, flax: Layers) -> tuple[Layers, Layers]:
+    """The layers, without the order of the two channel axes where that tells nothing.
+
+    A bias has the number of outputs. Without one, only names such as Conv_0 and ConvTranspose_0
+    tell which convolutions are transposed.
+    """
+
+    def unordered(kind: Kind) -> Kind:
+        return tuple((e, (*sorted(s[:2]), *s[2:]) if len(s) > 2 else s) for e, s in kind)
+
+    theirs, ours = kinds(torch), kinds(flax)
+    told = re.compile(r"(^|/)Conv(Transpose)?_\d+$")
+    unsure = {unordered(kind) for kind in (theirs - ours) | (ours - theirs)}
+    unsure |= {unordered(layer.kind) for layer in flax if not told.search(layer.name)}
+
+    def read(layers: Layers) -> Layers:
+        kind = {layer.kind: unordered(layer.kind) for layer in layers}
+        return tuple(
+            layer._replace(kind=kind[layer.kind]) if kind[layer.kind] in unsure else layer
+            for layer in layers
+        )
+
+    return read(torch), read(flax)
+
+
 def _inside(layer: Layer, module: Path) -> bool:
     return layer.parts[: len(module)] == module
 
@@ -128,12 +156,9 @@ def ways(torch: Layers, flax: Layers, depth: int = 0) -> list[dict[str, str]]:
     if len(kinds(torch)) == len(torch):
         path = {layer.kind: layer.name for layer in flax}
         return [{layer.name: path[layer.kind] for layer in torch}]
-    children, named = _children(flax, depth), {*pairs.values()}
-    for ordered in (True, False):
-        for some in (_paired(children), children):
-            families = _families(some, ordered, named)
-            if found := [*islice(_fillings(torch, 0, families, set()), 2)]:
-                return found
+    for families in _attempts(torch, _children(flax, depth), {*pairs.values()}):
+        if found := [*islice(_fillings(torch, 0, families, set()), 2)]:
+            return found
     return []
 
 
@@ -179,24 +204,65 @@ def _paired(children: list[_Child]) -> list[_Child]:
     return result
 
 
-def _families(children: list[_Child], ordered: bool, named: set[Path]) -> tuple[_Family, ...]:
-    """Children in the order of their numbers; those without, or with torch's names, by shapes."""
-    stems, shapes = defaultdict(list), defaultdict(list)
+def _numbered(children: list[_Child], named: set[Path]) -> dict[str, tuple[_Child, ...]]:
+    """Children that differ in their numbers alone, in the order of these; none with other names."""
+    stems = defaultdict(list)
     for child in children:
-        modules = {layer.parts[: child.depth] for layer in child.layers}
-        stems[child.name if modules <= named else _stem(child.name)].append(child)
-    numbered = [
-        sorted(some, key=lambda child: _order(child.name))
-        for some in stems.values()
-        if ordered and len(some) > 1
-    ]
-    for some in stems.values():
-        for child in some if not ordered or len(some) == 1 else ():
+        if not {layer.parts[: child.depth] for layer in child.layers} <= named:
+            stems[_stem(child.name)].append(child)
+    return {
+        stem: tuple(sorted(some, key=lambda child: _order(child.name)))
+        for stem, some in stems.items()
+        if len(some) > 1
+    }
+
+
+def _attempts(
+    torch: Layers, children: list[_Child], named: set[Path]
+) -> Iterator[tuple[_Family, ...]]:
+    """Families of which all are in order, then those that can be, then none."""
+    both = _paired(children), children
+    for some in both:
+        yield _families(some, {*_numbered(some, named)}, named)
+    layers = (layer for child in children for layer in child.layers)
+    apart = named | {layer.parts for layer in layers if (layer.name, ()) in layer.kind}  # known
+    for some in both:
+        yield _families(some, _orderly(torch, some, apart), apart)
+        yield _families(some, set(), apart)
+
+
+def _families(children: list[_Child], stems: set[str], named: set[Path]) -> tuple[_Family, ...]:
+    """Children of these stems in the order of their numbers, and all others by their shapes."""
+    ordered = [some for stem, some in _numbered(children, named).items() if stem in stems]
+    shapes = defaultdict(list)
+    for child in children:
+        if not any(child in some for some in ordered):
             shapes[frozenset(kinds(child.layers).items())].append(child)
     return (
-        *(_Family(True, tuple(some)) for some in numbered),
+        *(_Family(True, some) for some in ordered),
         *(_Family(False, tuple(some)) for some in shapes.values()),
     )
+
+
+def _orderly(torch: Layers, children: list[_Child], named: set[Path]) -> set[str]:
+    """The stems whose order fits, and whose layers are apart from those whose order does not."""
+    numbered = _numbered(children, named)
+    span = {}
+    for stem, some in numbered.items():
+        there = kinds(tuple(layer for child in some for layer in child.layers))
+        places = [i for i, layer in enumerate(torch) if layer.kind in there]
+        span[stem] = (places[0], places[-1])
+
+    def fits(stem: str) -> bool:
+        families = _families(children, {stem}, named)
+        return any(True for _ in _fillings(torch, 0, families, set()))
+
+    against = [span[stem] for stem in numbered if not fits(stem)]
+    return {
+        stem
+        for stem, (start, stop) in span.items()
+        if all(stop < first or last < start for first, last in against)
+    }
 
 
 def _fillings(
@@ -253,8 +319,8 @@ def _residue(name: str) -> str:
 
 
 def _stem(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
+    return _NUMBER.sub("#", name)
 
 
 def _order(name: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", name)))
+    return tuple(map(int, _NUMBER.findall(name)))

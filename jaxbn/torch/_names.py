@@ -2,14 +2,24 @@
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Container, Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxbn.torch._causes import check_not_nested, check_supported, onnx_hint
-from jaxbn.torch._matching import Kind, Layer, Layers, agreeing, anchored, kinds, orders, ways
+from jaxbn.torch._causes import check_not_nested, check_supported, onnx_hint, statistics_hint
+from jaxbn.torch._matching import (
+    Kind,
+    Layer,
+    Layers,
+    agreeing,
+    anchored,
+    kinds,
+    orders,
+    unoriented,
+    ways,
+)
 from jaxbn.torch._slots import (
     ENTRIES,
     Shape,
@@ -39,6 +49,7 @@ def match_names(
     prefix: str = "",
     *,
     known: Mapping[str, str] | None = None,
+    transposed: Collection[str] | None = None,
 ) -> Names:
     """The `names` for `from_state_dict`: the path of the Flax module of each torch module.
 
@@ -53,8 +64,10 @@ def match_names(
     - the layers of a Flax module are neighbours in torch, and no torch module has a part of them
       beside other layers;
     - Flax calls modules that differ in a number (`Conv_0`, `Conv_1`) in the order in which torch
-      registers theirs. Where the shapes contradict that (a shortcut that is called first), shapes
-      alone decide;
+      registers theirs, and each in a statement of its own. Of `nn.Dense(4)(nn.Dense(4)(x))` the
+      outer one, called last, is `Dense_0`, since Flax numbers modules where they are constructed.
+      Where the shapes contradict the order (a shortcut that is called first), shapes alone decide
+      on these modules, and on all between the first and the last of them in torch;
     - a convolution and a batch norm whose names differ in nothing else (`Conv_1` and
       `BatchNorm_1`, `conv_proj` and `norm_proj`) are neighbours.
 
@@ -68,6 +81,9 @@ def match_names(
       prefix: see `from_state_dict`. Needed only where there are layers that do not begin with it.
       known: pairs that you know, `{"layer1.0.downsample.0": "Block_0/Conv_0"}`. They are taken as
         they are.
+      transposed: see `from_state_dict`; `[]` where no convolution is transposed. None means that
+        you do not know. Without a bias, a weight of 8 and 4 channels may then belong to a
+        convolution from 4 to 8 channels or to a transposed one from 8 to 4, and both are tried.
 
     Returns:
       A dict of all layers, in torch's order. Its attribute `guessed` is the dict of those that were
@@ -77,7 +93,7 @@ def match_names(
       TypeError: `state_dict` is neither mapping nor path.
       ValueError: the layers of the two sides differ in shape or number, more than one way to match
         them fits, or none; the message lists both sides. `known` has a name or a path that is not
-        there, or no key begins with `prefix`.
+        there, `transposed` has a name that is not of a convolution, or no key begins with `prefix`.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
@@ -85,19 +101,28 @@ def match_names(
       >>> class Net(nn.Module):
       ...     @nn.compact
       ...     def __call__(self, x):
-      ...         return nn.Dense(2, name="head")(nn.relu(nn.Dense(4)(nn.relu(nn.Dense(4)(x)))))
-      >>> variables = jax.eval_shape(Net().init, jax.random.key(0), jnp.ones((1, 4)))
+      ...         x = nn.relu(nn.Dense(4)(x))
+      ...         x = nn.relu(nn.Dense(4)(x))
+      ...         return nn.Dense(2, name="head")(x)
+      >>> x = jnp.ones((1, 4))
+      >>> variables = jax.eval_shape(Net().init, jax.random.key(0), x)
+      >>> random = np.random.default_rng(0)
       >>> shapes = {"body.0": (4, 4), "body.2": (4, 4), "head": (2, 4)}
       >>> state_dict = {}
       >>> for name, shape in shapes.items():
-      ...     state_dict[f"model.{name}.weight"] = np.ones(shape, np.float32)
-      ...     state_dict[f"model.{name}.bias"] = np.ones(shape[0], np.float32)
+      ...     state_dict[f"model.{name}.weight"] = random.uniform(size=shape).astype(np.float32)
+      ...     state_dict[f"model.{name}.bias"] = random.uniform(size=shape[:1]).astype(np.float32)
       >>> names = match_names(state_dict, variables)
       >>> names
       {'model.body.0': 'Dense_0', 'model.body.2': 'Dense_1', 'model.head': 'head'}
       >>> names.guessed
       {'model.body.0': 'Dense_0', 'model.body.2': 'Dense_1'}
       >>> params, _ = from_state_dict(state_dict, names=names, variables=variables)
+      >>> y = np.asarray(x)
+      >>> for name in shapes:  # what torch computes; all values are positive
+      ...     y = y @ state_dict[f"model.{name}.weight"].T + state_dict[f"model.{name}.bias"]
+      >>> bool(jnp.allclose(Net().apply({"params": params}, x), y, rtol=1e-5))
+      True
 
     References:
       `torch.nn.Module.state_dict`, `flax.linen.compact`.
@@ -108,7 +133,13 @@ def match_names(
     if prefix and not entries:
         raise ValueError(f"`prefix` must be what keys of `state_dict` begin with; got {prefix!r}.")
     check_supported(entries)
-    torch, flax = _layers(_shapes_of_entries(entries), _shapes_of_variables(variables))
+    theirs = _shapes_of_entries(entries)
+    convolutions = {name for name, side in theirs.items() if len(side.get("weight", ())) > 2}
+    if unknown := sorted({*(transposed or ())} - convolutions):
+        raise ValueError(f"`transposed` must hold names of torch's convolutions; got {unknown}.")
+    ours, numbered = _shapes_of_variables(variables)
+    torch = _layers(theirs, ".", transposed or ())
+    flax = _layers(ours, "/", () if transposed is None else numbered)
     known = known or {}
     _check_known(known, torch, flax)
     taken = set(known.values())
@@ -122,7 +153,9 @@ def match_names(
     given = {**known}
     if len(by_name) == len(rest[0]) == len(rest[1]):  # their shapes are judged by the import
         given |= by_name
-    names = _only_way(*anchored(given, torch, flax), entries)
+    exact = anchored(given, torch, flax)
+    readings = [exact, unoriented(*exact)] if transposed is None else [exact]
+    names = _only_way(readings, entries, variables)
     ordered = {layer.name: names[layer.name] for layer in torch}
     return Names(ordered, ordered.items() - {**by_name, **known}.items())
 
@@ -136,7 +169,10 @@ def _shapes_of_entries(entries: Mapping[str, Any]) -> dict[str, dict[str, Shape]
     return shapes
 
 
-def _shapes_of_variables(variables: Mapping[str, Any]) -> dict[str, dict[str, Shape]]:
+def _shapes_of_variables(
+    variables: Mapping[str, Any],
+) -> tuple[dict[str, dict[str, Shape]], list[str]]:
+    """The shapes in torch's layout, and the modules that are transposed by their names."""
     leaf_paths = (path for path, _ in leaves(checked_collections(variables)))
     paths = dict.fromkeys(joined(path[1:-1]) for path in leaf_paths)
     transposed = [path for path in paths if re.search(r"(^|/)ConvTranspose_\d+$", path)]
@@ -145,36 +181,21 @@ def _shapes_of_variables(variables: Mapping[str, Any]) -> dict[str, dict[str, Sh
     for key, slot in slots.items():
         path, _, entry = key.rpartition(".")
         shapes.setdefault(path, {})[entry] = slot.shape
-    return shapes
+    return shapes, transposed
 
 
-def _layers(*sides: Mapping[str, Mapping[str, Shape]]) -> tuple[Layers, Layers]:
-    """The layers of torch and of Flax.
+def _layers(side: Mapping[str, Mapping[str, Shape]], mark: str, swapped: Collection[str]) -> Layers:
+    """The layers of one side, `swapped` ones in the layout of ordinary convolutions."""
 
-    Only names such as ConvTranspose_0 tell which convolutions are transposed. Where the sides
-    differ in how many they have of a shape, the order of the two channel axes is left out.
-    """
-    exact = [
-        {
-            name: tuple(
-                (e, shapes[e]) for e in ENTRIES if e in shapes and e != "num_batches_tracked"
-            )
-            for name, shapes in side.items()
-        }
-        for side in sides
-    ]
-    theirs, ours = (Counter(side.values()) for side in exact)
+    def kind(name: str, shapes: Mapping[str, Shape]) -> Kind:
+        if name in swapped:
+            outputs, inputs, *spatial = shapes["weight"]
+            shapes = {**shapes, "weight": (inputs, outputs, *spatial)}
+        return tuple((e, shapes[e]) for e in ENTRIES if e in shapes and e != "num_batches_tracked")
 
-    def kind(shapes: Kind) -> Kind:
-        if theirs[shapes] == ours[shapes]:
-            return shapes
-        return tuple((e, (*sorted(s[:2]), *s[2:]) if len(s) > 2 else s) for e, s in shapes)
-
-    torch, flax = (
-        tuple(Layer(name, tuple(name.split(mark)), kind(k)) for name, k in side.items())
-        for side, mark in zip(exact, "./", strict=True)
+    return tuple(
+        Layer(name, tuple(name.split(mark)), kind(name, shapes)) for name, shapes in side.items()
     )
-    return torch, flax
 
 
 def _check_known(known: Mapping[str, str], torch: Layers, flax: Layers) -> None:
@@ -195,8 +216,11 @@ def _alphabetical(entries: Mapping[str, Any]) -> bool:
     return all(some == sorted(some) for some in keys.values())
 
 
-def _only_way(torch: Layers, flax: Layers, entries: Mapping[str, Any]) -> dict[str, str]:
+def _only_way(
+    readings: list[tuple[Layers, Layers]], entries: Mapping[str, Any], variables: Mapping[str, Any]
+) -> dict[str, str]:
     """The only way to match the layers; otherwise an error that shows both sides."""
+    torch, flax = readings[-1]  # the one that more fits
     theirs, ours = kinds(torch), kinds(flax)
     if theirs != ours:
         title = (
@@ -204,18 +228,21 @@ def _only_way(torch: Layers, flax: Layers, entries: Mapping[str, Any]) -> dict[s
             "part. They differ in these, shapes in torch's layout:"
         )
         lines = _both_sides(torch, flax, (theirs - ours) | (ours - theirs))
-        raise ValueError("\n\t".join([title, *lines, *onnx_hint(entries)]))
+        lines += [*statistics_hint(entries, variables), *onnx_hint(entries)]
+        raise ValueError("\n\t".join([title, *lines]))
     alphabetical = _alphabetical(entries)
     found: list[dict[str, str]] = []
-    for order in orders(torch) if alphabetical else [torch]:
-        found += [way for way in ways(order, flax) if way not in found]
+    for torch, flax in readings:
+        before = len(found)
+        for order in orders(torch) if alphabetical else [torch]:
+            found += [way for way in ways(order, flax) if way not in found]
     if len(found) == 1:
         return found[0]
     if found:
         title = "The layers match in more than one way, in these two among others."
         lines = [
             f"{layer.name}, {_text(layer.kind)}: {found[0][layer.name]} or {found[1][layer.name]}"
-            for layer in torch
+            for layer in readings[0][0]
             if found[0][layer.name] != found[1][layer.name]
         ]
     else:
@@ -225,6 +252,8 @@ def _only_way(torch: Layers, flax: Layers, entries: Mapping[str, Any]) -> dict[s
         )
         lines = _both_sides(torch, flax, ours)
     title += " Pass those that you know as `known`, or name the Flax modules as in torch."
+    if len(readings) > 1 and len(found) > before:
+        title += " Which are transposed may tell: pass `transposed`, [] if none is."
     if alphabetical:
         title += " The keys are in alphabetical order; that of model.state_dict() tells more."
     raise ValueError("\n\t".join([title, *lines]))

@@ -58,6 +58,8 @@ def named_layers(
     unknown = sorted(transposed - names.keys())
     if unknown:
         raise ValueError(f"`transposed` must hold keys of `names`; got {unknown}.")
+    if wrong := [name for name in names if name.endswith(".")]:
+        raise ValueError(f"The keys of `names` must not end in a dot; got {wrong}.")
     paths = list(names.values())
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:

@@ -1,5 +1,6 @@
 """PyTorch's `state_dict`s as Flax variables, and back. torch is never imported."""
 
+import contextlib
 import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from jax.typing import DTypeLike
 
 from jaxbn._checks import FLOAT_DTYPES
 from jaxbn._checks import statistics_dtype as dtype_of_statistics
-from jaxbn.torch._causes import check_not_nested, check_supported, hints
+from jaxbn.torch._causes import check_not_nested, check_supported, hints, hints_of_names
 from jaxbn.torch._slots import (
     ENTRIES,
     NamedLayer,
@@ -136,7 +137,7 @@ def from_state_dict(
     problems = _problems(entries, slots, uncovered)
     if problems:
         model = "BatchNorm" if names is None else "the model"
-        problems += hints(slots, entries, tensors, prefix)
+        problems += hints(slots, entries, tensors, prefix, names, variables)
         raise ValueError("\n\t".join([f"Error(s) in loading state_dict for {model}:", *problems]))
     trees: dict[str, Tree] = {"params": {}, "batch_stats": {}}
     for key, slot in slots.items():
@@ -205,16 +206,26 @@ def to_state_dict(
     variables = {"params": params, "batch_stats": batch_stats}
     slots, uncovered = slots_of_variables(named_layers(prefix, names, transposed), variables)
     if uncovered:
-        raise ValueError(
+        problems = [
             "`names` must cover every variable, so that none is lost; it lacks "
-            f"{', '.join(uncovered)}."
-        )
+            f"{', '.join(uncovered)}.",
+            *hints_of_names(names or {}, (), prefix),
+        ]
+        if isinstance(params.get("params"), Mapping):
+            problems += ['`params` has all collections: pass variables["params"] in its place.']
+        if names is None:
+            problems += ["`names` is missing: of a model pass those of its import."]
+        raise ValueError("\n\t".join(problems))
     values = dict(leaves(variables))
-    dtype = None if statistics_dtype is None else np.dtype(statistics_dtype)
-    if dtype is not None and dtype.name not in FLOAT_DTYPES:
-        raise TypeError(
-            f"`statistics_dtype` must be one of {', '.join(FLOAT_DTYPES)}, or None; got {dtype}."
-        )
+    dtype = None
+    if statistics_dtype is not None:
+        with contextlib.suppress(TypeError):  # no dtype of NumPy
+            dtype = np.dtype(statistics_dtype)
+        if dtype is None or dtype.name not in FLOAT_DTYPES:
+            raise TypeError(
+                f"`statistics_dtype` must be one of {', '.join(FLOAT_DTYPES)}, or None; got "
+                f"{dtype or statistics_dtype}."
+            )
     dtypes = {"mean": dtype, "var": dtype, "count": np.dtype(np.int64)}
     return {
         key: _converted(

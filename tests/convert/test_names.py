@@ -156,6 +156,32 @@ FOUND = {
         [f"block.{name}" for name in ("conv1", "bn1", "conv2", "bn2")]
         + [f"block.downsample.{i}" for i in range(2)],
     ),
+    **{
+        f"a shortcut that Flax calls first, {norm}": (
+            [
+                ("conv1", "Conv_1", conv(2, 4)),
+                ("bn1", f"{norm}_1", B),
+                ("conv2", "Conv_2", C),
+                ("bn2", f"{norm}_2", B),
+                ("downsample.0", "Conv_0", conv(2, 4, 1)),
+                ("downsample.1", f"{norm}_0", B),
+            ],
+            None,
+        )
+        for norm in ("BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
+    },
+    "nested calls in the head leave the order of the body": (
+        [
+            *[
+                (f"{2 * i + j}", f"{flax}_{i}", entries)
+                for i in range(3)
+                for j, (flax, entries) in enumerate((("Conv", C), ("BatchNorm2d", B)))
+            ],
+            ("6", "Dense_1", dense(4, 8)),
+            ("7", "Dense_0", dense(8, 5)),
+        ],
+        None,
+    ),
     "a shortcut with names of its own": (
         [
             ("conv1", "Conv_0", C),
@@ -230,6 +256,57 @@ def test_transposed_convolutions_need_not_be_told():
     check(named, transposed=["up", "other"])
 
 
+UPS = [{"weight": zeros(4, 8, 2, 2)}, {"weight": zeros(8, 4, 2, 2)}]
+
+
+def test_transposed_convolutions_of_mirrored_shapes():
+    """Read as ordinary ones they fit in another order, so nothing but `transposed` tells."""
+    layers = [("0", "up1", UPS[0]), ("2", "up2", UPS[1])]
+    state_dict, variables = both_sides(layers, transposed=["0", "2"])
+    with pytest.raises(ValueError, match=r"pass `transposed`, \[\] if none is") as error:
+        match_names(state_dict, variables)
+    assert "\n\t0, weight [4, 8, 2, 2]: up2 or up1" in str(error.value)
+    names = match_names(state_dict, variables, transposed=["0", "2"])
+    assert names == {"0": "up1", "2": "up2"} == names.guessed
+    from_state_dict(state_dict, names=names, variables=variables, transposed=["0", "2"])
+    swapped = match_names(state_dict, variables, transposed=[])
+    assert swapped == {"0": "up2", "2": "up1"}
+    with pytest.raises(ValueError, match="size mismatch") as error:
+        from_state_dict(state_dict, names=swapped, variables=variables, transposed=["0", "2"])
+    assert str(error.value).endswith(
+        "match_names has guessed the Flax modules of ['0', '2']. Pass all transposed convolutions "
+        "as `transposed` to it, too, and read `guessed`."
+    )
+    message = "`transposed` must hold names of torch's convolutions; got ['up1']."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        match_names(state_dict, variables, transposed=["up1"])
+
+
+def test_a_generator_with_mirrored_shapes():
+    """16, 32, 16, 8 and 3 channels: the first two weights have the shapes of each other."""
+    sizes = ((16, 32), (32, 16), (16, 8), (8, 3))
+    layers = [
+        (f"main.{3 * i}", f"up/{i}", {"weight": zeros(*size, 4, 4)}) for i, size in enumerate(sizes)
+    ]
+    transposed = [name for name, _, _ in layers]
+    state_dict, variables = both_sides(layers, transposed)
+    expected = {name: path for name, path, _ in layers}
+    assert match_names(state_dict, variables) == expected
+    assert match_names(state_dict, variables, transposed=transposed) == expected
+    with pytest.raises(ValueError, match=re.escape(f"pass transposed={transposed}.")):
+        from_state_dict(state_dict, names=expected, variables=variables, transposed=transposed[:2])
+
+
+def test_what_is_known_of_transposed_convolutions():
+    """A right pair takes nothing from the others."""
+    layers = [("0", "up_0", UPS[0]), ("1", "up_1", UPS[1])]
+    state_dict, variables = both_sides(layers, transposed=["0", "1"])
+    for known in ({"0": "up_0"}, {"1": "up_1"}, {"0": "up_0", "1": "up_1"}):
+        for transposed in (None, ["0", "1"]):
+            names = match_names(state_dict, variables, known=known, transposed=transposed)
+            assert names == {"0": "up_0", "1": "up_1"}
+
+
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module.", "model.", "module.model."])
 def test_names_are_those_that_the_import_takes(wrapper):
     layers = [("body.0", "Conv_0", C), ("body.1", "BatchNorm_0", B), ("fc", "fc", D)]
@@ -266,6 +343,12 @@ def test_what_is_known():
     names = match_names(state_dict, variables, known=known)
     assert names == {name: path for name, path, _ in layers}
     assert set(names.guessed) == names.keys() - known.keys()
+
+    order = [("shortcut", "Conv_0", C), *[(f"{i}", f"Conv_{i}", C) for i in range(1, 4)]]
+    layers = [*order[1:], order[0], ("4", "Dense_1", dense(4, 8)), ("5", "Dense_0", dense(8, 5))]
+    state_dict, variables = both_sides(layers)
+    names = match_names(state_dict, variables, known={"shortcut": "Conv_0"})
+    assert names == {name: path for name, path, _ in layers}
 
     state_dict, variables = both_sides([("x", "a", D), ("y", "b", C), ("z", "c", C)])
     names = match_names(state_dict, variables, known={"x": "b", "y": "a"})  # of other shapes
@@ -336,6 +419,23 @@ REFUSED = {
     "orders that contradict each other": (
         [("a.0", "", C), ("a.1", "", conv(4, 4, 1)), ("b", "", C)],
         [("", "Conv_0", C), ("", "Conv_1", C), ("", "Conv_2", conv(4, 4, 1))],
+        "in more than one way",
+    ),
+    "norms between convolutions that contradict their order": (
+        [
+            ("0", "", conv(4, 8)),
+            ("1", "", norm(8)),
+            ("2", "", conv(8, 8, 1)),
+            ("3", "", norm(8)),
+            ("4", "", conv(8, 8, 5)),
+        ],
+        [
+            ("a", "Conv_1", conv(4, 8)),
+            ("b", "BatchNorm_0", norm(8)),
+            ("c", "Conv_0", conv(8, 8, 1)),
+            ("d", "BatchNorm_1", norm(8)),
+            ("e", "Conv_2", conv(8, 8, 5)),
+        ],
         "in more than one way",
     ),
     "lists side by side, and modules": (

@@ -14,7 +14,7 @@ from helpers.state_dicts import assert_same, prefixed, shapes, torch_or_skip, ve
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn.torch import from_state_dict, to_state_dict
+from jaxbn.torch import from_state_dict, match_names, to_state_dict
 
 HALF = {"float16": np.float16, "bfloat16": jnp.bfloat16}
 
@@ -353,6 +353,13 @@ OF_NNX = (
     "nnx.BatchStat)}."
 )
 NESTED = "`state_dict` must map names to arrays; got a checkpoint of "
+MODEL_VARIABLES = {
+    "params": {
+        "conv": {"kernel": np.ones((3, 3, 2, 2)), "bias": np.ones(2)},
+        "bn": {"scale": np.ones(2), "bias": np.ones(2)},
+    },
+    "batch_stats": {"bn": {"mean": np.ones(2), "var": np.ones(2), "count": np.int32(0)}},
+}
 
 CASES = {
     "a checkpoint": (
@@ -554,10 +561,85 @@ CASES = {
         "size mismatch for weight: copying a param with shape torch.Size([4]) from checkpoint, "
         "the shape in current model is torch.Size([1]).",
     ),
-    "another dtype of statistics": (
-        lambda: to_state_dict({}, {}, statistics_dtype=np.int8),
-        TypeError,
-        "`statistics_dtype` must be one of bfloat16, float16, float32, float64, or None; got int8.",
+    **{
+        f"another dtype of statistics, {dtype}": (
+            lambda dtype=dtype: to_state_dict({}, {}, statistics_dtype=dtype),
+            TypeError,
+            "`statistics_dtype` must be one of bfloat16, float16, float32, float64, or None; got "
+            f"{dtype}.",
+        )
+        for dtype in ("int8", "bf16", "torch.bfloat16")
+    },
+    "the state of an optimizer": (
+        lambda: from_state_dict({"state": {0: {"step": np.ones(())}}, "param_groups": [{}]}),
+        ValueError,
+        "`state_dict` must be that of a model; got that of an optimizer, with state and",
+    ),
+    "the state of an optimizer, to be matched": (
+        lambda: match_names({"state": {}, "param_groups": [{}]}, {}),
+        ValueError,
+        "`state_dict` must be that of a model; got that of an optimizer, with state and",
+    ),
+    "a model without names": (
+        lambda: from_state_dict(ENTRIES),
+        ValueError,
+        "\n\tThese are several layers. For a model pass names=match_names(state_dict, variables), "
+        "and `variables`.",
+    ),
+    "a model without names, but with variables": (
+        lambda: from_state_dict(ENTRIES, variables=MODEL_VARIABLES),
+        ValueError,
+        "\n\tThese are several layers. For a model pass names=match_names(state_dict, variables), "
+        "and `variables`.",
+    ),
+    "a model without names, the way back": (
+        lambda: to_state_dict(MODEL_VARIABLES["params"], MODEL_VARIABLES["batch_stats"]),
+        ValueError,
+        "\n\t`names` is missing: of a model pass those of its import.",
+    ),
+    "all variables for params": (
+        lambda: to_state_dict(MODEL_VARIABLES, {}, names={"bn": "bn"}),
+        ValueError,
+        '\n\t`params` has all collections: pass variables["params"] in its place.',
+    ),
+    "names that end in a dot": (
+        lambda: from_state_dict(ENTRIES, names={"net.conv.": "conv", "net.bn": "bn"}),
+        ValueError,
+        "The keys of `names` must not end in a dot; got ['net.conv.'].",
+    ),
+    "names of entries": (
+        lambda: from_state_dict(ENTRIES, names={"conv.weight": "conv", "bn": "bn"}, prefix="net."),
+        ValueError,
+        "\n\t`names` must have modules of torch as keys: 'conv' instead of 'conv.weight'.",
+    ),
+    "paths with a collection": (
+        lambda: from_state_dict(
+            ENTRIES, "net.", names={"conv": "params/conv", "bn": "bn"}, variables=MODEL_VARIABLES
+        ),
+        ValueError,
+        "\n\tPaths in `names` begin inside of a collection: 'conv' instead of 'params/conv'.",
+    ),
+    "paths with a collection, the way back": (
+        lambda: to_state_dict(MODEL_VARIABLES["params"], {}, names={"conv": "params/conv"}),
+        ValueError,
+        "\n\tPaths in `names` begin inside of a collection: 'conv' instead of 'params/conv'.",
+    ),
+    "no collection of statistics": (
+        lambda: from_state_dict(
+            ENTRIES,
+            "net.",
+            names={"conv": "conv", "bn": "bn"},
+            variables={"params": MODEL_VARIABLES["params"]},
+        ),
+        ValueError,
+        "\n\t`variables` has no statistics. If the model keeps some, pass the collection "
+        "batch_stats, too.",
+    ),
+    "no collection of statistics, to be matched": (
+        lambda: match_names(ENTRIES, {"params": {"norm": MODEL_VARIABLES["params"]["bn"]}}),
+        ValueError,
+        "\n\t`variables` has no statistics. If the model keeps some, pass the collection "
+        "batch_stats, too.",
     ),
 }
 
