@@ -139,13 +139,14 @@ def hints_of_names(
                 "variables), and `variables`."
             )
         return
-    for name, path in names.items():
-        module, _, entry = name.rpartition(".")
-        if module and entry in ENTRIES and prefix + name in keys:
-            yield f"`names` must have modules of torch as keys: {module!r} instead of {name!r}."
-        collection, _, inside = path.partition("/")
-        if inside and collection in ("params", "batch_stats"):
-            yield f"Paths in `names` begin inside of a collection: {inside!r} instead of {path!r}."
+    entries = [name for name in names if "." in name and prefix + name in keys]
+    for name in entries[:1]:
+        module = name.rpartition(".")[0]
+        yield f"`names` must have modules of torch as keys: {module!r} instead of {name!r}."
+    whole = [path for path in names.values() if path.startswith(("params/", "batch_stats/"))]
+    for path in whole[:1]:
+        inside = path.partition("/")[2]
+        yield f"Paths in `names` begin inside of a collection: {inside!r} instead of {path!r}."
 
 
 def _of_beginnings(slots: Iterable[str], keys: Collection[str], prefix: str) -> Iterator[str]:

@@ -97,11 +97,11 @@ def anchored(pairs: Mapping[str, str], torch: Layers, flax: Layers) -> tuple[Lay
     )
 
 
-def unoriented(torch: Layers, flax: Layers) -> tuple[Layers, Layers]:
-    """The layers, without the order of the two channel axes where that tells nothing.
+def unoriented(torch: Layers, flax: Layers, cautious: bool) -> tuple[Layers, Layers]:
+    """The layers, without the order of the two channel axes where the sides differ in it.
 
-    A bias has the number of outputs. Without one, only names such as Conv_0 and ConvTranspose_0
-    tell which convolutions are transposed.
+    If `cautious`, also where they do not, but no name such as Conv_0 or ConvTranspose_0 tells
+    which convolutions are transposed.
     """
 
     def unordered(kind: Kind) -> Kind:
@@ -110,7 +110,8 @@ def unoriented(torch: Layers, flax: Layers) -> tuple[Layers, Layers]:
     theirs, ours = kinds(torch), kinds(flax)
     told = re.compile(r"(^|/)Conv(Transpose)?_\d+$")
     unsure = {unordered(kind) for kind in (theirs - ours) | (ours - theirs)}
-    unsure |= {unordered(layer.kind) for layer in flax if not told.search(layer.name)}
+    if cautious:
+        unsure |= {unordered(layer.kind) for layer in flax if not told.search(layer.name)}
 
     def read(layers: Layers) -> Layers:
         kind = {layer.kind: unordered(layer.kind) for layer in layers}
@@ -190,22 +191,28 @@ def _children(flax: Layers, depth: int) -> list[_Child]:
 
 def _paired(children: list[_Child]) -> list[_Child]:
     """A convolution and its norm as one child, where each of the one sort has one of the other."""
-    alike, numbers = defaultdict(list), defaultdict(set)
+    alike = defaultdict(list)
     for child in children:
         alike[_residue(child.name)].append(child)
-        numbers[_stem(child.name)].add(_order(child.name))
-    result = []
-    for residue, some in alike.items():
-        layers = sum((child.layers for child in some), ())
+
+    def is_pair(some: list[_Child]) -> bool:
+        layers = [layer for child in some for layer in child.layers]
         dimensions = {len(dict(layer.kind).get("weight", ())) for layer in layers}
-        one, *others = (numbers[_stem(child.name)] for child in some)
-        pair = others == [one] and len(layers) == len(dimensions) == 2
-        result += [_Child(residue, some[0].depth, layers)] if pair else some
+        return len(some) == len(layers) == len(dimensions) == 2
+
+    others = [child for some in alike.values() if not is_pair(some) for child in some]
+    stems = {_stem(child.name) for child in others}
+    result = others
+    for residue, some in alike.items():
+        if is_pair(some):
+            apart = any(_stem(child.name) in stems for child in some)
+            layers = sum((child.layers for child in some), ())
+            result += some if apart else [_Child(residue, some[0].depth, layers)]
     return result
 
 
 def _numbered(children: list[_Child], named: set[Path]) -> dict[str, tuple[_Child, ...]]:
-    """Children that differ in their numbers alone, in the order of these; none with other names."""
+    """Children that differ in their numbers alone, in the order of these, but for `named` ones."""
     stems = defaultdict(list)
     for child in children:
         if not {layer.parts[: child.depth] for layer in child.layers} <= named:

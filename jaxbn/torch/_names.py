@@ -69,7 +69,8 @@ def match_names(
       Where the shapes contradict the order (a shortcut that is called first), shapes alone decide
       on these modules, and on all between the first and the last of them in torch;
     - a convolution and a batch norm whose names differ in nothing else (`Conv_1` and
-      `BatchNorm_1`, `conv_proj` and `norm_proj`) are neighbours.
+      `BatchNorm_1`, `conv_proj` and `norm_proj`) are neighbours, where all numbers of the one have
+      a partner among the other.
 
     Where more than one way fits, there is no guess but an error. The order of keys in `variables`
     plays no part. That of keys in `state_dict` is the order of torch's modules, unless it is
@@ -83,7 +84,8 @@ def match_names(
         they are.
       transposed: see `from_state_dict`; `[]` where no convolution is transposed. None means that
         you do not know. Without a bias, a weight of 8 and 4 channels may then belong to a
-        convolution from 4 to 8 channels or to a transposed one from 8 to 4, and both are tried.
+        convolution from 4 to 8 channels or to a transposed one from 8 to 4. Both are tried, and
+        refused where they fit in different ways.
 
     Returns:
       A dict of all layers, in torch's order. Its attribute `guessed` is the dict of those that were
@@ -154,7 +156,9 @@ def match_names(
     if len(by_name) == len(rest[0]) == len(rest[1]):  # their shapes are judged by the import
         given |= by_name
     exact = anchored(given, torch, flax)
-    readings = [exact, unoriented(*exact)] if transposed is None else [exact]
+    readings = [exact]
+    if transposed is None:
+        readings = [unoriented(*exact, cautious) for cautious in (False, True)]
     names = _only_way(readings, entries, variables)
     ordered = {layer.name: names[layer.name] for layer in torch}
     return Names(ordered, ordered.items() - {**by_name, **known}.items())
@@ -188,7 +192,7 @@ def _layers(side: Mapping[str, Mapping[str, Shape]], mark: str, swapped: Collect
     """The layers of one side, `swapped` ones in the layout of ordinary convolutions."""
 
     def kind(name: str, shapes: Mapping[str, Shape]) -> Kind:
-        if name in swapped:
+        if name in swapped and "weight" in shapes:
             outputs, inputs, *spatial = shapes["weight"]
             shapes = {**shapes, "weight": (inputs, outputs, *spatial)}
         return tuple((e, shapes[e]) for e in ENTRIES if e in shapes and e != "num_batches_tracked")
@@ -220,7 +224,7 @@ def _only_way(
     readings: list[tuple[Layers, Layers]], entries: Mapping[str, Any], variables: Mapping[str, Any]
 ) -> dict[str, str]:
     """The only way to match the layers; otherwise an error that shows both sides."""
-    torch, flax = readings[-1]  # the one that more fits
+    torch, flax = readings[-1]  # that in which most is alike
     theirs, ours = kinds(torch), kinds(flax)
     if theirs != ours:
         title = (
@@ -229,6 +233,9 @@ def _only_way(
         )
         lines = _both_sides(torch, flax, (theirs - ours) | (ours - theirs))
         lines += [*statistics_hint(entries, variables), *onnx_hint(entries)]
+        theirs, ours = map(kinds, unoriented(torch, flax, False))
+        if len(readings) == 1 and theirs == ours:
+            lines += ["They fit with others in `transposed`, which are shown as ordinary ones."]
         raise ValueError("\n\t".join([title, *lines]))
     alphabetical = _alphabetical(entries)
     found: list[dict[str, str]] = []

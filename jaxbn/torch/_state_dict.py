@@ -78,7 +78,8 @@ def from_state_dict(
         without bias (a norm, a PReLU), of 2 without bias (dense, an embedding) and of 3
         (`Conv1d`, `Bilinear`).
       transposed: the names of transposed convolutions, which nothing in the dict tells. Their Flax
-        module is `flax.linen.ConvTranspose(transpose_kernel=False)`, with one group.
+        module is `flax.linen.ConvTranspose(transpose_kernel=False)`, with one group. Pass them to
+        `match_names`, too.
 
     Returns:
       `(params, batch_stats)`, nested dicts of NumPy arrays that share no memory with the dict. They
@@ -90,8 +91,9 @@ def from_state_dict(
       ValueError: entries are missing, unexpected or of another shape (in torch's words, all at
         once), a module cannot be imported (recurrent, attention, parametrized), `state_dict` is a
         checkpoint with the dict inside, running statistics are not finite, a variance is negative,
-        a count does not fit into int32, two names have one path, `transposed` names something else
-        or lacks a `ConvTranspose_0`, or it takes `variables` to know what a weight is of.
+        a count does not fit into int32, two names have one path, a name ends in a dot,
+        `transposed` names something else or lacks a `ConvTranspose_0`, or it takes `variables` to
+        know what a weight is of.
       ImportError: a path is given and safetensors is not installed.
 
     Example:
@@ -184,8 +186,8 @@ def to_state_dict(
         count not an integer, or a collection not a mapping.
       ValueError: no name covers a variable, a variable has another number of dimensions than its
         kind, running statistics are not finite or not in `statistics_dtype`, a variance or a count
-        is negative, two names have one path, `transposed` names something else or lacks a
-        `ConvTranspose_0`.
+        is negative, two names have one path, a name ends in a dot, `transposed` names something
+        else or lacks a `ConvTranspose_0`.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -182,6 +182,18 @@ FOUND = {
         ],
         None,
     ),
+    "as many norms as convolutions, one of them after a transposed convolution": (
+        [
+            ("0", "Conv_0", conv(8, 4, 1)),
+            ("1", "BatchNorm_0", B),
+            ("2", "Conv_1", C),
+            ("3", "ConvTranspose_0", conv(4, 4, 2)),
+            ("4", "BatchNorm_1", B),
+            ("5", "Conv_2", conv(4, 6)),
+            ("6", "BatchNorm_2", norm(6)),
+        ],
+        None,
+    ),
     "a shortcut with names of its own": (
         [
             ("conv1", "Conv_0", C),
@@ -277,6 +289,8 @@ def test_transposed_convolutions_of_mirrored_shapes():
         "match_names has guessed the Flax modules of ['0', '2']. Pass all transposed convolutions "
         "as `transposed` to it, too, and read `guessed`."
     )
+    with pytest.raises(ValueError, match="They fit with others in `transposed`, which are shown"):
+        match_names(state_dict, variables, transposed=["0"])
     message = "`transposed` must hold names of torch's convolutions; got ['up1']."
     with pytest.raises(ValueError, match=re.escape(message)):
         match_names(state_dict, variables, transposed=["up1"])
@@ -291,8 +305,10 @@ def test_a_generator_with_mirrored_shapes():
     transposed = [name for name, _, _ in layers]
     state_dict, variables = both_sides(layers, transposed)
     expected = {name: path for name, path, _ in layers}
-    assert match_names(state_dict, variables) == expected
     assert match_names(state_dict, variables, transposed=transposed) == expected
+    with pytest.raises(ValueError, match=r"pass `transposed`, \[\] if none is") as error:
+        match_names(state_dict, variables)
+    assert str(error.value).count("\n") == 2
     with pytest.raises(ValueError, match=re.escape(f"pass transposed={transposed}.")):
         from_state_dict(state_dict, names=expected, variables=variables, transposed=transposed[:2])
 
