@@ -21,7 +21,8 @@ def without(case: str) -> libraries.Layer:
     """No batch norm: what follows it in a case, with the bias alone."""
 
     def layer(x: jax.Array, scale: jax.Array, bias: jax.Array, *residual: jax.Array) -> Any:
-        return libraries.finished(case, x + bias.astype(x.dtype), residual), None
+        bias = jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - 1))
+        return libraries.finished(case, x + bias, residual), None
 
     return layer
 

@@ -18,7 +18,6 @@ from jaxbn._checks import (
     checked_vector,
     statistics_dtype,
 )
-from jaxbn._core.compilers import as_rounded
 from jaxbn._core.derivative import normalize_by_batch
 from jaxbn._core.devices import AxisIndexGroups, AxisName, checked_devices
 from jaxbn._core.forward import (
@@ -186,8 +185,6 @@ def batch_normalize(
     form = Form(axis, epsilon, dtype, checked_devices(axis_name, axis_index_groups))
     x, mask = checked_mask(mask, x, axis)
     residual = checked_residual(residual, x, dtype)
-    # In a scan the backward pass reads `x` as it was rounded, so the moments must be of that.
-    x = as_rounded(x, "cpu")
     groups = checked_groups(virtual_batch_size, x, axis)
     # A function of the user's own sees the whole batch, not a group of it.
     whole = groups > 1 and is_own(activation)

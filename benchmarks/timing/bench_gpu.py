@@ -62,7 +62,7 @@ def repeated(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def copied(x: jax.Array, scale: jax.Array) -> jax.Array:
     """Reads and writes `x`."""
-    return x - scale.astype(x.dtype)
+    return x - jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
 
 
 def compiled(name: str, problem: Problem) -> Callable[..., Any]:

@@ -46,14 +46,6 @@ def apart(x: jax.Array, *platforms: str) -> jax.Array:
     return copy
 
 
-def as_rounded(x: jax.Array, *platforms: str) -> jax.Array:
-    """`x`, which compilers for these platforms must read as it was rounded to 16 bits.
-
-    XLA may drop a rounding to bfloat16 and back, at some of the places that use `x`.
-    """
-    return x if x.dtype.itemsize >= 4 else apart(x, *platforms)
-
-
 @jax.custom_batching.custom_vmap
 def everywhere(condition: jax.Array) -> jax.Array:
     """Whether a condition holds in every channel; False under `jax.vmap`.

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from jaxbn._activation import Activation, is_own
 from jaxbn._core.axes import expand
-from jaxbn._core.compilers import as_rounded, written_out
+from jaxbn._core.compilers import apart, written_out
 from jaxbn._core.devices import ALONE, Devices
 from jaxbn._core.moments import centered, where_valid
 
@@ -70,10 +70,13 @@ def applied(coefficients: Coefficients, operands: Operands, form: Form) -> jax.A
     z = centered(x, mask, form.axis, shift) * factor + offset
     if residual is None:
         return z
-    # Otherwise XLA:GPU computes the float32 values once more, or writes them to memory too:
-    # compiled for an H100, four bottleneck blocks moved 34.9 bytes per element, and 32.5 with the
-    # barrier. On a TPU the barrier costs four bytes.
-    return z + as_rounded(where_valid(mask, residual), "cuda", "rocm").astype(z.dtype)
+    residual = where_valid(mask, residual)
+    # XLA may drop a rounding to bfloat16 and back. XLA:GPU then computes the float32 values once
+    # more, or writes them to memory too: compiled for an H100, four bottleneck blocks moved 34.9
+    # bytes per element, and 32.5 with the barrier. On a TPU the barrier costs four bytes.
+    if residual.dtype.itemsize == 2:
+        residual = apart(residual, "cuda", "rocm")
+    return z + residual.astype(z.dtype)
 
 
 def activated(z: jax.Array, operands: Operands, form: Form) -> jax.Array:

@@ -257,8 +257,22 @@ def centered(x: jax.Array, mask: jax.Array | None, axis: int, shift: jax.Array) 
 
     Masked entries are replaced before any arithmetic, so that NaN in them raises no alarm.
     """
-    wide = where_valid(mask, x).astype(shift.dtype)
+    wide = widened(where_valid(mask, x), shift.dtype)
     return where_valid(mask, wide - expand(shift, jax.typeof(x), axis))
+
+
+def widened(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`x` in a wider dtype, as it was rounded to bfloat16.
+
+    XLA may drop a rounding to bfloat16 and back. In a scan it would do so in the forward pass, and
+    the backward pass reads what was rounded. The errors of float16 are an eighth, and its rounding
+    takes a CPU twice the time.
+    """
+    wide = x.astype(dtype)
+    if x.dtype != jnp.bfloat16:
+        return wide
+    info = jnp.finfo(jnp.bfloat16)
+    return jax.lax.reduce_precision(wide, info.nexp, info.nmant)
 
 
 def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:

@@ -1,8 +1,10 @@
 """Networks in torch, narrow, with torchvision's module names and order of registration."""
 
-import torch
+import pytest
 from helpers.flax_networks import GROWTH, LAYERS, STAGES, WIDTH
-from torch import nn
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+nn = torch.nn
 
 
 def conv(inputs, outputs, size=3, stride=1, groups=1, bias=False):
