@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxbn._core.moments import where_valid
+
 Activation = Callable[..., jax.Array]
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -54,7 +56,7 @@ def after(
     """`activation(z)` of a whole batch, rounded to `dtype`; zero where masked."""
     y = activation(z)
     _check_output(y, z)
-    return (y if mask is None else jnp.where(mask, y, jnp.zeros((), y.dtype))).astype(dtype)
+    return where_valid(mask, y).astype(dtype)
 
 
 def _check_output(output: Any, argument: Any) -> None:

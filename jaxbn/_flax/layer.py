@@ -181,8 +181,7 @@ def _layer(
 ) -> tuple[jax.Array, Running]:
     fixed: dict[str, Any] = {"axis": axis, "epsilon": epsilon, "dtype": dtype, "mask": mask}
     fused: dict[str, Any] = {"activation": activation, "residual": residual}
-    # The defaults are None, which complex numbers need.
-    groups: dict[str, Any] = {
+    real_only: dict[str, Any] = {
         "virtual_batch_size": layer.virtual_batch_size,
         "update_stats": None if update is train or initializing else update,
     }
@@ -190,8 +189,8 @@ def _layer(
         scale, bias = jax.lax.stop_gradient((scale, bias))
     of_batch, normalized, whole = REAL
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        _check_real_only(fused | groups)
-        x, fused, groups = x.astype(dtype), {}, {}
+        _check_real_only(fused | real_only)
+        x, fused, real_only = x.astype(dtype), {}, {}
         of_batch, normalized, whole = COMPLEX
     if initializing and (train is not False or not running):
         # Neither counts as a batch nor asks for more than one value per channel, nor for devices.
@@ -210,7 +209,7 @@ def _layer(
         skip_nonfinite=layer.skip_nonfinite,
         **fixed,
         **fused,
-        **groups,
+        **real_only,
     )
     return y, {name: getattr(stats, name) for name in running}
 
