@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from jaxbn._checks import check_collections
 from jaxbn._weight_decay import names_on
 
 
@@ -39,12 +40,7 @@ def batch_norm_mask(
     References:
       `optax.masked`, `optax.multi_transform`.
     """
-    for name in ("params", "batch_stats"):
-        if name not in variables:
-            raise ValueError(
-                "`variables` must have the collections params and batch_stats, as `model.init` "
-                f"returns them; got {', '.join(map(repr, variables)) or 'none'}."
-            )
+    check_collections(variables)
     stats = _paths(variables["batch_stats"])
     norms = {layer for layer, name in stats if name == "mean" and (layer, "var") in stats}
     chosen = {path for path in norms if where(path)}

@@ -7,6 +7,7 @@ at trace time and cost nothing in compiled code.
 import math
 import numbers
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -160,6 +161,16 @@ def check_known_bool(value: object, name: str) -> None:
     if not isinstance(value, bool | np.bool_):
         given = type(value).__name__ if isinstance(value, jax.Array) else repr(value)
         raise TypeError(f"`{name}` must be True or False, known when traced; got {given}.")
+
+
+def check_collections(variables: Mapping[str, Any]) -> None:
+    """The variables of a Flax model with batch norms."""
+    for name in ("params", "batch_stats"):
+        if not isinstance(variables.get(name), Mapping):
+            raise ValueError(
+                "`variables` must have the collections params and batch_stats, as `model.init` "
+                f"returns them; got {', '.join(map(repr, variables)) or 'none'}."
+            )
 
 
 def check_values_per_channel(x: jax.Array, axis: int, devices: Devices) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxbn._checks import check_collections
 from jaxbn._folding.kernels import FLAX_LAYOUTS, Padding
 from jaxbn._folding.layers import fold_into_conv, fold_into_dense
 from jaxbn._types import Number
@@ -139,12 +140,7 @@ def _layers(variables: Tree) -> tuple[dict[str, Tree], dict[str, Tree]]:
             "`variables` must be a mapping of collections, as `model.init` returns it; got "
             f"{type(variables).__name__}."
         )
-    for name in ("params", "batch_stats"):
-        if not isinstance(variables.get(name), Mapping):
-            raise ValueError(
-                "`variables` must have the collections params and batch_stats, as `model.init` "
-                f"returns them; got {', '.join(map(repr, variables)) or 'none'}."
-            )
+    check_collections(variables)
     params = dict(_modules(variables["params"]))
     stats = dict(_modules(variables["batch_stats"]))
     linears = {path: node for path, node in params.items() if "kernel" in node}
