@@ -98,13 +98,14 @@ def fold_variables(
     checked = [
         pair for given in _once_each(pairs) for pair in _checked_pairs(given, linears, norms)
     ]
+    leaves = list(_leaves(variables))
     for pair in checked:
         if hasattr(linears[pair.linear]["kernel"], "unbox"):
             raise TypeError(
                 f"`variables` must hold arrays; got a box of metadata for {pair.linear!r}. "
                 "Use flax.linen.unbox(variables)."
             )
-        _check_kernel_is_used(variables, pair.linear)
+        _check_kernel_is_used(leaves, pair.linear)
     if padding is not None and not any(
         pair.before and jnp.ndim(linears[pair.linear]["kernel"]) > 2 for pair in checked
     ):
@@ -230,25 +231,30 @@ def _checked_pair(pair: tuple[str, str], linears: Collection[str], norms: Collec
     return _Pair(second, first, True) if first in norms else _Pair(first, second, False)
 
 
-def _check_kernel_is_used(variables: Tree, linear: str) -> None:
+def _leaves(variables: Tree) -> Iterator[tuple[str, list[str]]]:
+    """The collection of each array, and the names on the path to it."""
+    for collection, tree in variables.items():
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+            yield collection, [str(getattr(k, "key", getattr(k, "idx", k))) for k in path]
+
+
+def _check_kernel_is_used(leaves: Iterable[tuple[str, list[str]]], linear: str) -> None:
     """Refuses a layer with variables that its kernel is computed from, or with.
 
     A wrapper without variables of its own, `nn.WeightNorm(…, use_scale=False)`, does not show.
     """
     own, layer = f"{linear}/", linear.split("/")
     others = []
-    for collection, tree in variables.items():
+    for collection, names in leaves:
+        *parents, name = names
         if collection == "intermediates":
             continue
-        for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-            names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
-            *parents, name = names
-            if "/".join(names).startswith(own):
-                wanted = collection == "params" and name in ("kernel", "bias")
-                others += [] if wanted and len(names) == len(layer) + 1 else [name]
-            # Linen's wrappers name what they hold after the parameter: "conv/kernel/scale".
-            elif "/".join([*parents[:-1], name]).startswith(f"{own}kernel/"):
-                others.append(name)
+        if "/".join(names).startswith(own):
+            wanted = collection == "params" and name in ("kernel", "bias")
+            others += [] if wanted and len(names) == len(layer) + 1 else [name]
+        # Linen's wrappers name what they hold after the parameter: "conv/kernel/scale".
+        elif "/".join([*parents[:-1], name]).startswith(f"{own}kernel/"):
+            others.append(name)
     others += [name for name in layer if name in ("layer_instance", "base_module")]  # NNX wraps it
     if others:
         raise ValueError(
