@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,24 @@ from jaxbn._batch_norm import batch_norm
 from jaxbn._checks import axis_hint, check_bool, checked_axis, statistics_dtype
 from jaxbn._flax.complex import complex_batch_norm, complex_moments, complex_normalize
 from jaxbn._flax.features import Features, feature_axes
-from jaxbn._moments import batch_moments
-from jaxbn._normalize import normalize
+from jaxbn._moments import Moments, batch_moments, merge_moments
+from jaxbn._normalize import batch_normalize, normalize
 from jaxbn._stats import BatchStats
 from jaxbn._types import Number
 
 Module = Any  # of Linen or of NNX, with the fields of the same names that are read here
-Running = dict[str, jax.Array]
+Vectors = dict[str, jax.Array]
+
+
+class Kept(NamedTuple):
+    """What a layer keeps between batches, by name.
+
+    Where `moments` are kept, a batch is merged into them, and the running statistics stay.
+    """
+
+    running: Vectors
+    moments: Vectors
+
 
 # The moments of a batch, normalization by given ones, and the two composed.
 REAL: tuple[Any, Any, Any] = (batch_moments, normalize, batch_norm)
@@ -43,6 +54,14 @@ def modes(layer: Module, inference: Any) -> tuple[Any, Any]:
         return train, train
     check_bool(update, "update_stats")
     return train, update if isinstance(update, jax.core.Tracer) else bool(update)
+
+
+def collects(layer: Module) -> bool:
+    """Whether a layer merges batches into its moments, if it has any."""
+    update = layer.update_stats
+    return not layer.frozen and (
+        update is None or isinstance(update, jax.core.Tracer) or bool(update)
+    )
 
 
 def check_layout(layer: Module, shape: tuple[int, ...]) -> None:
@@ -79,7 +98,7 @@ def check_channels(layer: Module, shape: tuple[int, ...], features: tuple[int, .
 def torch_layer(
     layer: Module,
     x: jax.Array,
-    running: Running,
+    kept: Kept,
     scale: jax.Array | None,
     bias: jax.Array | None,
     train: Any,
@@ -89,12 +108,12 @@ def torch_layer(
     mask: ArrayLike | None,
     residual: ArrayLike | None,
     initializing: bool = False,
-) -> tuple[jax.Array, Running]:
-    """The output of a layer with torch's fields, and the running statistics after this batch."""
+) -> tuple[jax.Array, Kept]:
+    """The output of a layer with torch's fields, and what it keeps after this batch."""
     return _layer(
         layer,
         x,
-        running,
+        kept,
         scale,
         bias,
         train=train,
@@ -114,7 +133,7 @@ def torch_layer(
 def flax_layer(
     layer: Module,
     x: jax.Array,
-    running: Running,
+    kept: Kept,
     scale: jax.Array | None,
     bias: jax.Array | None,
     train: Any,
@@ -125,8 +144,8 @@ def flax_layer(
     mask: ArrayLike | None,
     residual: ArrayLike | None,
     initializing: bool = False,
-) -> tuple[jax.Array, Running]:
-    """The output of a layer with Flax's fields, and the running statistics after this batch."""
+) -> tuple[jax.Array, Kept]:
+    """The output of a layer with Flax's fields, and what it keeps after this batch."""
     traced = isinstance(layer.momentum, jax.Array)
     if layer.momentum is None or (not traced and not 0 <= layer.momentum <= 1):
         raise ValueError(
@@ -150,20 +169,20 @@ def flax_layer(
     fused: dict[str, Any]
     if len(axes) == 1:
         fused = {"activation": activation, "mask": mask, "residual": residual}
-        return run(x, running, scale, bias, axis=axes[0], **fused)
+        return run(x, kept, scale, bias, axis=axes[0], **fused)
     several = Features(x.shape, axes)
     mask, residual = (None if v is None else several.flat(v) for v in (mask, residual))
     fused = {"activation": several.wrapped(activation), "mask": mask, "residual": residual}
     scale, bias = (None if v is None else v.reshape(-1) for v in (scale, bias))
-    vectors = {name: value.reshape(-1) for name, value in running.items()}
+    vectors = jax.tree.map(lambda v: v.reshape(-1), kept)
     y, new = run(several.flat(x), vectors, scale, bias, axis=-1, **fused)
-    return several.restored(y), {name: v.reshape(running[name].shape) for name, v in new.items()}
+    return several.restored(y), jax.tree.map(lambda v, old: v.reshape(old.shape), new, kept)
 
 
 def _layer(
     layer: Module,
     x: jax.Array,
-    running: Running,
+    kept: Kept,
     scale: jax.Array | None,
     bias: jax.Array | None,
     *,
@@ -178,9 +197,13 @@ def _layer(
     mask: ArrayLike | None,
     residual: ArrayLike | None,
     initializing: bool,
-) -> tuple[jax.Array, Running]:
+) -> tuple[jax.Array, Kept]:
     fixed: dict[str, Any] = {"axis": axis, "epsilon": epsilon, "dtype": dtype, "mask": mask}
     fused: dict[str, Any] = {"activation": activation, "residual": residual}
+    devices: dict[str, Any] = {
+        "axis_name": layer.axis_name,
+        "axis_index_groups": layer.axis_index_groups,
+    }
     real_only: dict[str, Any] = {
         "virtual_batch_size": layer.virtual_batch_size,
         "update_stats": None if update is train or initializing else update,
@@ -189,29 +212,48 @@ def _layer(
         scale, bias = jax.lax.stop_gradient((scale, bias))
     of_batch, normalized, whole = REAL
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        _check_real_only(fused | real_only)
+        _check_real_only(fused | real_only | {"batch_moments": kept.moments or None})
         x, fused, real_only = x.astype(dtype), {}, {}
         of_batch, normalized, whole = COMPLEX
-    if initializing and (train is not False or not running):
+    if initializing and (train is not False or not kept.running):
         # Neither counts as a batch nor asks for more than one value per channel, nor for devices.
         moments = of_batch(x, axis=axis, mask=mask)
-        return normalized(x, moments.mean, moments.var, scale, bias, **fixed, **fused), running
+        return normalized(x, moments.mean, moments.var, scale, bias, **fixed, **fused), kept
+    if kept.moments and train is True:
+        groups = {"virtual_batch_size": layer.virtual_batch_size}
+        y, moments = batch_normalize(x, scale, bias, **groups, **devices, **fixed, **fused)
+        return y, kept._replace(moments=_with(kept.moments, moments, layer))
+    if kept.moments:
+        real_only["update_stats"] = False
     y, stats = whole(
         x,
-        _batch_stats(running),
+        _batch_stats(kept.running),
         scale,
         bias,
         train=train,
         momentum=momentum,
         unbiased=unbiased,
-        axis_name=layer.axis_name,
-        axis_index_groups=layer.axis_index_groups,
         skip_nonfinite=layer.skip_nonfinite,
+        **devices,
         **fixed,
         **fused,
         **real_only,
     )
-    return y, {name: getattr(stats, name) for name in running}
+    if kept.moments:
+        moments = of_batch(x, axis=axis, mask=mask, **devices)
+        return y, kept._replace(moments=_with(kept.moments, moments, layer))
+    return y, Kept({name: getattr(stats, name) for name in kept.running}, {})
+
+
+def _with(kept: Vectors, moments: Moments, layer: Module) -> Vectors:
+    """The moments that are kept, merged with those of a batch, as far as the layer folds it in."""
+    counts = jnp.asarray(True if layer.update_stats is None else layer.update_stats)
+    finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
+    counts &= finite | jnp.logical_not(layer.skip_nonfinite)
+    moments = moments._replace(count=jnp.broadcast_to(moments.count, moments.mean.shape))
+    dtype = kept["mean"].dtype
+    moments = jax.tree.map(lambda v: jnp.where(counts, v, 0).astype(dtype), moments)
+    return merge_moments(Moments(**kept), moments)._asdict()
 
 
 def _check_real_only(options: dict[str, Any]) -> None:
@@ -223,7 +265,7 @@ def _check_real_only(options: dict[str, Any]) -> None:
         )
 
 
-def _batch_stats(running: Running) -> BatchStats | None:
+def _batch_stats(running: Vectors) -> BatchStats | None:
     if not running:
         return None
     values = {name: jnp.asarray(value) for name, value in running.items()}

@@ -17,6 +17,7 @@ from jaxbn._flax.layer import check_channels, flax_layer
 from jaxbn._types import Flag, Integer, Number
 from jaxbn.linen._variables import (
     activation,
+    moments_of,
     running_statistics,
     scale_and_bias,
     store,
@@ -149,8 +150,9 @@ class BatchNorm(nn.Module):
             train,
             update,
         )
-        before = values(running)
-        check_channels(self, x.shape, before["mean"].shape)
+        moments = moments_of(self)
+        before = values(running, moments)
+        check_channels(self, x.shape, before.running["mean"].shape)
         scale, bias = scale_and_bias(self, features, self.use_scale, self.use_bias)
         with jax.numpy_dtype_promotion("standard"):  # by definition of `dtype=None`
             dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
@@ -168,6 +170,7 @@ class BatchNorm(nn.Module):
             residual=residual,
             initializing=self.is_initializing(),
         )
-        if update is not False:
-            store(running, after)
+        store(moments, after.moments)
+        if update is not False and not moments:
+            store(running, after.running)
         return y

@@ -16,6 +16,7 @@ from jaxbn._stats import BatchStats
 from jaxbn._types import Flag, Integer, Number
 from jaxbn.linen._variables import (
     activation,
+    moments_of,
     running_statistics,
     scale_and_bias,
     store,
@@ -81,11 +82,12 @@ class _TorchBatchNorm(nn.Module):
             running = running_statistics(
                 self, features, self.param_dtype, BatchStats._fields, train, update
             )
+        moments = moments_of(self)
         scale, bias = scale_and_bias(self, features, self.affine, self.affine and self.bias)
         y, after = torch_layer(
             self,
             x,
-            values(running),
+            values(running, moments),
             scale,
             bias,
             train,
@@ -95,8 +97,9 @@ class _TorchBatchNorm(nn.Module):
             residual=residual,
             initializing=self.is_initializing(),
         )
-        if self.track_running_stats and update is not False:
-            store(running, after)
+        store(moments, after.moments)
+        if self.track_running_stats and update is not False and not moments:
+            store(running, after.running)
         return y
 
 

@@ -12,9 +12,12 @@ from flax.typing import Dtype
 
 from jaxbn._activation import Activation, is_own
 from jaxbn._checks import statistics_dtype
-from jaxbn._flax.layer import EFFECTS, Running, modes
+from jaxbn._flax.layer import EFFECTS, Kept, Vectors, collects, modes
+from jaxbn._moments import Moments
 from jaxbn._stats import init_batch_stats
 from jaxbn._types import Flag
+
+Variables = dict[str, nn.Variable[jax.Array]]
 
 
 def training_mode(module: nn.Module, use_running_average: Flag | None) -> tuple[Any, Any]:
@@ -31,7 +34,7 @@ def running_statistics(
     names: Sequence[str],
     train: Any,
     update: Any,
-) -> dict[str, nn.Variable[jax.Array]]:
+) -> Variables:
     if not module.is_initializing():
         held = module.variables.get("batch_stats", {})
         _check_collection(module, held, train)
@@ -93,10 +96,24 @@ def activation(module: nn.Module, shape: tuple[int, ...]) -> str | Activation | 
     return reading
 
 
-def values(running: dict[str, nn.Variable[jax.Array]]) -> Running:
-    return {name: variable.value for name, variable in running.items()}
+def moments_of(module: nn.Module) -> Variables:
+    """The moments that the layer merges batches into, where the model was given such."""
+    if not collects(module) or not module.has_variable("batch_moments", "mean"):
+        return {}
+    return {name: module.variable("batch_moments", name, _missing) for name in Moments._fields}
 
 
-def store(running: dict[str, nn.Variable[jax.Array]], new: Running) -> None:
-    for name, value in new.items():
-        running[name].value = value
+def _missing() -> jax.Array:
+    raise ValueError("`batch_moments` must hold mean, var and count of each layer; one is missing.")
+
+
+def values(running: Variables, moments: Variables) -> Kept:
+    def arrays(variables: Variables) -> Vectors:
+        return {name: variable.value for name, variable in variables.items()}
+
+    return Kept(arrays(running), arrays(moments))
+
+
+def store(variables: Variables, new: Vectors) -> None:
+    for name, variable in variables.items():
+        variable.value = new[name]

@@ -145,6 +145,7 @@ class BatchNorm(BatchNormLayer):
         self.update_stats = update_stats
         self.train_affine = train_affine
         self.frozen = frozen
+        self.moments = nnx.data(None)
 
     def __call__(
         self,
@@ -170,9 +171,9 @@ class BatchNorm(BatchNormLayer):
         x = checked_array(x, "x")
         check_channels(self, x.shape, (self.num_features,))
         train, update = self._modes(use_running_average)
-        running = self._running(("mean", "var"))
+        kept = self._kept(("mean", "var"))
         scale, bias = value(self.scale), value(self.bias)
-        arrays = (x, running["mean"], running["var"], scale, bias)
+        arrays = (x, kept.running["mean"], kept.running["var"], scale, bias)
         with jax.numpy_dtype_promotion("standard"):  # by definition of `dtype=None`
             promoted = self.promote_dtype(arrays, dtype=self.dtype)
         dtype = promoted[0].dtype
@@ -181,7 +182,7 @@ class BatchNorm(BatchNormLayer):
         y, new = flax_layer(
             self,
             x,
-            running,
+            kept,
             scale,
             bias,
             train,
@@ -191,6 +192,5 @@ class BatchNorm(BatchNormLayer):
             mask=mask,
             residual=residual,
         )
-        if update is not False:
-            self._store(new)
+        self._store(new, update is not False)
         return y

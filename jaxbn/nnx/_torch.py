@@ -70,6 +70,7 @@ class _TorchBatchNorm(BatchNormLayer):
         self.update_stats = update_stats
         self.train_affine = train_affine
         self.frozen = frozen
+        self.moments = nnx.data(None)
 
     def __call__(
         self,
@@ -99,7 +100,7 @@ class _TorchBatchNorm(BatchNormLayer):
         y, new = torch_layer(
             self,
             x,
-            self._running(BatchStats._fields),
+            self._kept(BatchStats._fields),
             value(self.scale),
             value(self.bias),
             train,
@@ -108,8 +109,7 @@ class _TorchBatchNorm(BatchNormLayer):
             mask=mask,
             residual=residual,
         )
-        if self.track_running_stats and update is not False:
-            self._store(new)
+        self._store(new, self.track_running_stats and update is not False)
         return y
 
 

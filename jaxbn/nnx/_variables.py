@@ -9,7 +9,8 @@ from flax.errors import TraceContextError
 from flax.typing import Dtype, Initializer
 
 from jaxbn._activation import Activation, is_own
-from jaxbn._flax.layer import EFFECTS, Running, modes
+from jaxbn._flax.layer import EFFECTS, Kept, collects, modes
+from jaxbn._moments import Moments
 from jaxbn._types import Flag, Integer
 
 
@@ -32,6 +33,10 @@ def value(variable: Any) -> Any:
     return None if variable is None else variable[...]
 
 
+class BatchMoments(nnx.Variable[Moments]):
+    """The merged moments of batches that await their update of the running statistics."""
+
+
 class BatchNormLayer(nnx.Module):
     """What all layers share: the choice of the mode, and where running statistics are kept."""
 
@@ -40,6 +45,7 @@ class BatchNormLayer(nnx.Module):
     update_stats: Flag | None
     train_affine: bool
     frozen: bool
+    moments: BatchMoments | None
 
     def set_view(
         self, use_running_average: Flag | None = None, update_stats: Flag | None = None
@@ -95,10 +101,17 @@ class BatchNormLayer(nnx.Module):
 
         return reading
 
-    def _running(self, names: tuple[str, ...]) -> Running:
+    def _kept(self, names: tuple[str, ...]) -> Kept:
         variables = {name: getattr(self, name) for name in names}
-        return {name: value(v) for name, v in variables.items() if v is not None}
+        running = {name: value(v) for name, v in variables.items() if v is not None}
+        if self.moments is None or not collects(self):
+            return Kept(running, {})
+        return Kept(running, self.moments.get_value()._asdict())
 
-    def _store(self, new: Running) -> None:
-        for name, array in new.items():
-            getattr(self, name).set_value(array)
+    def _store(self, new: Kept, updated: bool) -> None:
+        """Stores the moments, if there are any; else the running statistics, if `updated`."""
+        if self.moments is not None and new.moments:
+            self.moments.set_value(Moments(**new.moments))
+        elif updated:
+            for name, array in new.running.items():
+                getattr(self, name).set_value(array)
