@@ -19,6 +19,7 @@ from jaxbn._moments import batch_moments as batch_moments
 from jaxbn._moments import merge_moments as merge_moments
 from jaxbn._normalize import batch_normalize as batch_normalize
 from jaxbn._normalize import normalize as normalize
+from jaxbn._renorm import Renorm as Renorm
 from jaxbn._stats import BatchStats as BatchStats
 from jaxbn._stats import init_batch_stats as init_batch_stats
 from jaxbn._stats import update_batch_stats as update_batch_stats

@@ -13,6 +13,7 @@ from jaxbn._checks import check_bool, check_momentum
 from jaxbn._core.devices import AxisIndexGroups, AxisName, spread
 from jaxbn._moments import Moments, batch_moments
 from jaxbn._normalize import batch_normalize, normalize
+from jaxbn._renorm import Renorm
 from jaxbn._stats import BatchStats, checked_stats, update_batch_stats
 from jaxbn._types import Bool, Flag, Integer, Number
 
@@ -40,6 +41,7 @@ def batch_norm(
     activation: str | Activation | None = None,
     residual: ArrayLike | None = None,
     skip_nonfinite: Flag = False,
+    renorm: Renorm | None = None,
 ) -> tuple[jax.Array, Stats]:
     """Batch norm in training or in inference mode, with its running statistics.
 
@@ -82,6 +84,8 @@ def batch_norm(
       residual: added before the activation; in the shape of `x` and the dtype of `y`.
       skip_nonfinite: keep the statistics of a channel if the batch has NaN or infinity in it; a
         bool, traced or not.
+      renorm: corrects a batch towards the running statistics in training: batch renormalization
+        with limits on the correction. None for batch norm.
 
     Returns:
       `(y, stats)`: `y` in the shape of `x`; the new statistics, without gradient, or None
@@ -129,7 +133,15 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
 
     devices: dict[str, Any] = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
     by_batch = functools.partial(
-        batch_normalize, x, scale, bias, virtual_batch_size=virtual_batch_size, **devices, **options
+        batch_normalize,
+        x,
+        scale,
+        bias,
+        virtual_batch_size=virtual_batch_size,
+        renorm=renorm,
+        stats=stats,
+        **devices,
+        **options,
     )
     if stats is None:
         return by_batch()[0], None
@@ -149,7 +161,12 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
         if not traced and not update:
             return old
         new = update_batch_stats(
-            stats, moments(), momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite
+            stats,
+            moments(),
+            momentum=momentum,
+            unbiased=unbiased,
+            skip_nonfinite=skip_nonfinite,
+            std_epsilon=epsilon if renorm is not None and renorm.average_std else None,
         )
         return jax.tree.map(functools.partial(jnp.where, update), new, old) if traced else new
 

@@ -32,6 +32,8 @@ from jaxbn._core.forward import (
 from jaxbn._core.moments import Shifted, added, merged
 from jaxbn._ghost import by_group, checked_groups
 from jaxbn._moments import Moments, unshifted
+from jaxbn._renorm import Renorm, limits
+from jaxbn._stats import BatchStats
 from jaxbn._types import Integer, Number
 
 
@@ -123,6 +125,8 @@ def batch_normalize(
     mask: ArrayLike | None = None,
     activation: str | Activation | None = None,
     residual: ArrayLike | None = None,
+    renorm: Renorm | None = None,
+    stats: BatchStats | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes `x` by its own mean and biased variance: batch norm in training mode.
 
@@ -150,6 +154,8 @@ def batch_normalize(
       activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function
         that keeps the shape; it may close over arrays, and gradients reach them.
       residual: added before the activation; in the shape of `x` and the dtype of `y`.
+      renorm: corrects the batch towards the running statistics: batch renormalization.
+      stats: the running statistics, for `renorm` alone.
 
     Returns:
       `(y, moments)`: `y` in the shape of `x`, computed in at least float32 and rounded
@@ -188,6 +194,7 @@ def batch_normalize(
     groups = checked_groups(virtual_batch_size, x, axis)
     # A function of the user's own sees the whole batch, not a group of it.
     whole = groups > 1 and is_own(activation)
+    towards = limits(renorm, stats, x, axis, epsilon, wide)
     form = form._replace(grouped=groups > 1, dtype=wide if whole else dtype)
 
     def by_batch(
@@ -196,6 +203,7 @@ def batch_normalize(
         check_values_per_channel(x, axis, form.devices)
         operands = _operands(x, scale, bias, mask, residual, axis, wide)
         operands, fused = _with_activation(operands, None if whole else activation, form)
+        operands = operands._replace(limits=towards)
         y, moments, _ = traced_once(normalize_by_batch, fused)(operands)
         return y, moments
 

@@ -11,10 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._checks import check_bool, check_known_bool, check_momentum, checked_array
+from jaxbn._checks import (
+    check_bool,
+    check_known_bool,
+    check_momentum,
+    checked_array,
+    checked_epsilon,
+)
 from jaxbn._core.devices import placed_like
 from jaxbn._moments import Moments, checked_moments
-from jaxbn._types import Bool, Flag, Integer
+from jaxbn._types import Bool, Flag, Integer, Number
 
 
 class BatchStats(NamedTuple):
@@ -136,6 +142,7 @@ def update_batch_stats(
     momentum: ArrayLike | None = 0.1,
     unbiased: Bool = True,
     skip_nonfinite: Flag = False,
+    std_epsilon: Number | None = None,
 ) -> BatchStats:
     """Folds the moments of one batch into the running statistics.
 
@@ -158,6 +165,8 @@ def update_batch_stats(
       momentum: a number in [0, 1], a scalar array, traced or not, or None.
       unbiased: keep the variance divided by n − 1 (torch), or by n (Flax, Keras, ONNX).
       skip_nonfinite: leave out channels in which the batch is not finite; a bool, traced or not.
+      std_epsilon: a number averages `√(var + std_epsilon)` in place of the variance, as batch
+        renormalization may; None averages the variance.
 
     Returns:
       New `BatchStats`, in the dtypes of `stats`, and spread over devices as they are.
@@ -186,11 +195,15 @@ def update_batch_stats(
     stats, moments = jax.lax.stop_gradient((checked_stats(stats), moments))
     _check_shapes(stats, moments)
     skip = None if skip_nonfinite is False else skip_nonfinite
-    updated: BatchStats = _updated(stats, moments, momentum, skip, unbiased=unbiased)
+    if std_epsilon is not None:
+        std_epsilon = checked_epsilon(std_epsilon, stats.mean.dtype, train=False)
+    updated: BatchStats = _updated(
+        stats, moments, momentum, skip, unbiased=unbiased, std_epsilon=std_epsilon
+    )
     return updated
 
 
-@functools.partial(jax.jit, static_argnames="unbiased")
+@functools.partial(jax.jit, static_argnames=("unbiased", "std_epsilon"))
 def _updated(
     stats: BatchStats,
     moments: Moments,
@@ -198,6 +211,7 @@ def _updated(
     skip_nonfinite: Flag | None,
     *,
     unbiased: bool,
+    std_epsilon: float | None,
 ) -> BatchStats:
     dtype, count = stats.mean.dtype, jnp.asarray(stats.count)
     kept, counted = jnp.array(True), jnp.array(True)
@@ -222,11 +236,11 @@ def _updated(
         both = (1 - weight) * old + weight * jnp.where(valid, new, jnp.zeros((), dtype))
         return placed_like(both, old)
 
-    return BatchStats(
-        folded(stats.mean, mean, kept & (n > 0)),
-        folded(stats.var, var, kept & (n > int(unbiased))),
-        count,
-    )
+    new_mean, valid = folded(stats.mean, mean, kept & (n > 0)), kept & (n > int(unbiased))
+    if std_epsilon is None:
+        return BatchStats(new_mean, folded(stats.var, var, valid), count)
+    std = folded(jnp.sqrt(stats.var + std_epsilon), jnp.sqrt(var + std_epsilon), valid)
+    return BatchStats(new_mean, jnp.maximum(jnp.square(std) - std_epsilon, 0), count)
 
 
 def checked_stats(stats: BatchStats) -> BatchStats:

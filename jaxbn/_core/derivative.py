@@ -12,6 +12,7 @@ from jaxbn._core.axes import expand
 from jaxbn._core.compilers import apart, expand_tangent, written_out
 from jaxbn._core.forward import Form, Operands, activated, applied, coefficients, seen
 from jaxbn._core.moments import Shifted, centered, means, shifted_moments, where_valid
+from jaxbn._core.renorm import corrected, correction
 
 # For policies of `jax.checkpoint`: from these a layer is computed again without reductions.
 INPUT, MEAN, RSTD = CHECKPOINT_NAMES = ("jaxbn.input", "jaxbn.mean", "jaxbn.rstd")
@@ -27,7 +28,16 @@ def normalize_by_batch(operands: Operands, form: Form) -> Outputs:
     x, mask, scale, *_ = operands
     moments = shifted_moments(x, mask, form.axis, form.devices, scale.dtype, form.differentiated)
     rstd = jax.lax.rsqrt(moments.var + form.epsilon)
+    (operands,) = _renormalized(moments, rstd, operands)
     return activated(_preactivation(operands, moments, rstd, form), operands, form), moments, rstd
+
+
+def _renormalized(moments: Shifted, rstd: jax.Array, *operands: Operands) -> list[Operands]:
+    """Operands, and their tangents, with the scale and bias of batch renormalization, if any."""
+    by_limits = correction(operands[0].limits, moments, rstd)
+    pairs = [corrected(v.scale, v.bias, by_limits) for v in operands]
+    changed = zip(operands, pairs, strict=True)
+    return [v._replace(scale=scale, bias=bias) for v, (scale, bias) in changed]
 
 
 def _preactivation(operands: Operands, moments: Shifted, rstd: jax.Array, form: Form) -> jax.Array:
@@ -48,7 +58,7 @@ def _normalize_by_batch_jvp(
         functools.partial(_with_tangent, form=form), prevent_cse=False, policy=policy
     )
     primals_out, tangents_out = with_tangent(
-        operands, directions._replace(mask=None), moments, rstd
+        operands, directions._replace(mask=None, limits=None), moments, rstd
     )
     return primals_out, tangents_out
 
@@ -66,6 +76,7 @@ def _with_tangent(
         shift=checkpoint_name(moments.shift, MEAN), delta=checkpoint_name(moments.delta, MEAN)
     )
     rstd = checkpoint_name(rstd, RSTD)
+    operands, directions = _renormalized(moments, rstd, operands, directions)
     y = activated(_preactivation(operands, moments, rstd, form), operands, form)
     if operands.residual is not None and form.activation in PIECEWISE_LINEAR:
         y = checkpoint_name(y, OUTPUT)

@@ -21,6 +21,7 @@ from jaxbn._core.axes import expand
 from jaxbn._core.compilers import apart, written_out
 from jaxbn._core.devices import ALONE, Devices
 from jaxbn._core.moments import centered, where_valid
+from jaxbn._core.renorm import Limits
 
 
 class Form(NamedTuple):
@@ -44,6 +45,7 @@ class Operands(NamedTuple):
     bias: jax.Array
     residual: jax.Array | None
     constants: tuple[jax.Array, ...]  # of the activation
+    limits: Limits | None = None  # of batch renormalization
 
 
 # Of each channel: shift, factor, offset.
@@ -64,7 +66,7 @@ def applied(coefficients: Coefficients, operands: Operands, form: Form) -> jax.A
 
     The shift comes off first: `x·factor + (offset − shift·factor)` cancels if the mean is large.
     """
-    x, mask, _, _, residual, _ = operands
+    x, mask, _, _, residual, *_ = operands
     shift, *vectors = coefficients
     factor, offset = (expand(v, jax.typeof(x), form.axis) for v in written_out(x, *vectors))
     z = centered(x, mask, form.axis, shift) * factor + offset

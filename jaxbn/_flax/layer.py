@@ -15,6 +15,7 @@ from jaxbn._flax.complex import complex_batch_norm, complex_moments, complex_nor
 from jaxbn._flax.features import Features, feature_axes
 from jaxbn._moments import Moments, batch_moments, merge_moments
 from jaxbn._normalize import batch_normalize, normalize
+from jaxbn._renorm import Renorm
 from jaxbn._stats import BatchStats
 from jaxbn._types import Number
 
@@ -206,6 +207,7 @@ def _layer(
     }
     real_only: dict[str, Any] = {
         "virtual_batch_size": layer.virtual_batch_size,
+        "renorm": _renorm(layer, kept),
         "update_stats": None if update is train or initializing else update,
     }
     if not layer.train_affine:
@@ -220,8 +222,10 @@ def _layer(
         moments = of_batch(x, axis=axis, mask=mask)
         return normalized(x, moments.mean, moments.var, scale, bias, **fixed, **fused), kept
     if kept.moments and train is True:
-        groups = {"virtual_batch_size": layer.virtual_batch_size}
-        y, moments = batch_normalize(x, scale, bias, **groups, **devices, **fixed, **fused)
+        del real_only["update_stats"]
+        stats = _batch_stats(kept.running)
+        fused |= devices | real_only
+        y, moments = batch_normalize(x, scale, bias, stats=stats, **fixed, **fused)
         return y, kept._replace(moments=_with(kept.moments, moments, layer))
     if kept.moments:
         real_only["update_stats"] = False
@@ -243,6 +247,16 @@ def _layer(
         moments = of_batch(x, axis=axis, mask=mask, **devices)
         return y, kept._replace(moments=_with(kept.moments, moments, layer))
     return y, Kept({name: getattr(stats, name) for name in kept.running}, {})
+
+
+def _renorm(layer: Module, kept: Kept) -> Renorm | None:
+    renorm: Renorm | None = layer.renorm
+    if renorm is not None and renorm.is_scheduled and kept.running.keys() == {"mean", "var"}:
+        raise ValueError(
+            "A schedule of `renorm` needs the number of batches, which BatchNorm does not keep. "
+            "Use BatchNorm1d, BatchNorm2d or BatchNorm3d, or pass numbers or traced arrays."
+        )
+    return renorm
 
 
 def _with(kept: Vectors, moments: Moments, layer: Module) -> Vectors:

@@ -14,6 +14,7 @@ from jaxbn._checks import checked_array
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._flax.features import feature_axes
 from jaxbn._flax.layer import check_channels, flax_layer
+from jaxbn._renorm import Renorm
 from jaxbn._types import Flag, Integer, Number
 from jaxbn.linen._variables import (
     activation,
@@ -74,6 +75,7 @@ class BatchNorm(nn.Module):
       update_stats: whether a batch goes into the running statistics; None for training mode alone.
       train_affine: False stops the gradients of `scale` and `bias`.
       frozen: whether to normalize by the running statistics and leave them, in every mode.
+      renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
 
     Raises:
       TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
@@ -117,6 +119,7 @@ class BatchNorm(nn.Module):
     update_stats: Flag | None = None
     train_affine: bool = True
     frozen: bool = False
+    renorm: Renorm | None = None
 
     @nn.compact
     def __call__(

@@ -12,6 +12,7 @@ from jaxbn._activation import Activation
 from jaxbn._checks import checked_float
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._flax.layer import check_channels, check_layout, torch_layer
+from jaxbn._renorm import Renorm
 from jaxbn._stats import BatchStats
 from jaxbn._types import Flag, Integer, Number
 from jaxbn.linen._variables import (
@@ -48,6 +49,7 @@ class _TorchBatchNorm(nn.Module):
     update_stats: Flag | None = None
     train_affine: bool = True
     frozen: bool = False
+    renorm: Renorm | None = None
 
     layouts: ClassVar[tuple[str, ...]] = ()  # without the C, whose place is `axis`
 
@@ -144,6 +146,7 @@ class BatchNorm1d(_TorchBatchNorm):
       update_stats: whether a batch goes into the running statistics; None for training mode alone.
       train_affine: False stops the gradients of `scale` and `bias`.
       frozen: whether to normalize by the running statistics and leave them, in every mode.
+      renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
 
     Raises:
       TypeError: the input is not real floating point.

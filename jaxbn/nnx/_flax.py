@@ -15,6 +15,7 @@ from jaxbn._activation import Activation
 from jaxbn._checks import checked_array
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._flax.layer import check_channels, flax_layer
+from jaxbn._renorm import Renorm
 from jaxbn._stats import init_batch_stats
 from jaxbn._types import Flag, Integer, Number
 from jaxbn.nnx._variables import BatchNormLayer, parameter, value
@@ -68,6 +69,7 @@ class BatchNorm(BatchNormLayer):
       update_stats: whether a batch goes into the running statistics; None for training mode alone.
       train_affine: False stops the gradients of `scale` and `bias`.
       frozen: whether to normalize by the running statistics and leave them, in every mode.
+      renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
 
     Raises:
       TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
@@ -119,6 +121,7 @@ class BatchNorm(BatchNormLayer):
         update_stats: Flag | None = None,
         train_affine: bool = True,
         frozen: bool = False,
+        renorm: Renorm | None = None,
     ) -> None:
         stats = init_batch_stats(num_features)
         self.mean = nnx.BatchStat(stats.mean)
@@ -145,6 +148,7 @@ class BatchNorm(BatchNormLayer):
         self.update_stats = update_stats
         self.train_affine = train_affine
         self.frozen = frozen
+        self.renorm = renorm
         self.moments = nnx.data(None)
 
     def __call__(

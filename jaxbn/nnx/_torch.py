@@ -12,6 +12,7 @@ from jaxbn._activation import Activation
 from jaxbn._checks import checked_float, statistics_dtype
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._flax.layer import check_channels, check_layout, torch_layer
+from jaxbn._renorm import Renorm
 from jaxbn._stats import BatchStats, init_batch_stats
 from jaxbn._types import Flag, Integer, Number
 from jaxbn.nnx._variables import BatchNormLayer, parameter, value
@@ -45,6 +46,7 @@ class _TorchBatchNorm(BatchNormLayer):
         update_stats: Flag | None = None,
         train_affine: bool = True,
         frozen: bool = False,
+        renorm: Renorm | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.scale = parameter(affine, scale_init, num_features, param_dtype, rngs, {})
@@ -70,6 +72,7 @@ class _TorchBatchNorm(BatchNormLayer):
         self.update_stats = update_stats
         self.train_affine = train_affine
         self.frozen = frozen
+        self.renorm = renorm
         self.moments = nnx.data(None)
 
     def __call__(
@@ -153,6 +156,7 @@ class BatchNorm1d(_TorchBatchNorm):
       update_stats: whether a batch goes into the running statistics; None for training mode alone.
       train_affine: False stops the gradients of `scale` and `bias`.
       frozen: whether to normalize by the running statistics and leave them, in every mode.
+      renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
       rngs: random numbers for the initializers.
 
     Raises:

@@ -106,6 +106,14 @@ def batch_normed(state, x, scale, bias, train=True, axis_name=None):
     return state, {"y": y}
 
 
+def renormed(state, x, scale, bias, train=True, axis_name=None):
+    limits = jaxbn.Renorm(r_max=1.2, d_max=lambda count: count.astype("float32") / 10, average_std=True)
+    y, state = jaxbn.batch_norm(
+        x, state, scale, bias, train=train, axis_name=axis_name, renorm=limits, **fused(x)
+    )
+    return state, {"y": y}
+
+
 def folded(state, x, scale, bias, train=True, axis_name=None):
     """Into a kernel that is the input."""
     fold = jaxbn.fold_into_dense
@@ -174,6 +182,7 @@ ROWS = {
     "batch_normalize, fused": Row(fused_batch_normalized, shape=IMAGES),
     "batch_norm": Row(batch_normed, STATS, IMAGES, uses_train=True),
     "batch_norm, groups": Row(grouped, STATS, uses_train=True),
+    "batch_norm, renorm": Row(renormed, STATS, uses_train=True),
     "fold_into_conv": Row(folded),
     "fold_into_dense": Row(folded, shape=(8, 4)),
     "fold_variables": Row(folded_variables),

@@ -1,0 +1,46 @@
+"""Batch renormalization: a change of scale and bias by what the running statistics say.
+
+    r = clip(σ_batch / σ, 1/r_max, r_max)        d = clip((mean_batch − mean) / σ, −d_max, d_max)
+    x̂·r + d  takes the place of  x̂, so  scale·r  that of scale and  bias + scale·d  that of bias
+
+with `σ = √(var + epsilon)`. No gradient flows through r and d.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._core.moments import Shifted
+
+
+class Limits(NamedTuple):
+    """The running statistics of each channel, and how far a batch is corrected towards them."""
+
+    mean: jax.Array
+    rstd: jax.Array
+    r_max: jax.Array
+    d_max: jax.Array
+
+
+Correction = tuple[jax.Array, jax.Array]
+
+
+def correction(limits: Limits | None, moments: Shifted, rstd: jax.Array) -> Correction | None:
+    """r and d of a batch with these moments."""
+    if limits is None:
+        return None
+    distance = (moments.shift - limits.mean) + moments.delta
+    r = jnp.clip(limits.rstd / rstd, 1 / limits.r_max, limits.r_max)
+    d = jnp.clip(distance * limits.rstd, -limits.d_max, limits.d_max)
+    return jax.lax.stop_gradient((r, d))
+
+
+def corrected(
+    scale: jax.Array, bias: jax.Array, correction: Correction | None
+) -> tuple[jax.Array, jax.Array]:
+    """Scale and bias, or their tangents, after the correction."""
+    if correction is None:
+        return scale, bias
+    r, d = correction
+    return scale * r, bias + scale * d

@@ -1,0 +1,108 @@
+"""Batch renormalization: how far a batch is corrected towards the running statistics."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn._checks import check_known_bool, checked_array, checked_vector
+from jaxbn._core.renorm import Limits
+from jaxbn._stats import BatchStats, checked_stats
+
+Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
+
+
+@dataclasses.dataclass(frozen=True)
+class Renorm:
+    """Batch renormalization: in training, too, a batch is normalized by the running statistics.
+
+        y = (x̂·r + d) · scale + bias        x̂ = (x − E[x]) / √(Var[x] + epsilon)
+        r = clip(√(Var[x] + epsilon) / σ, 1/r_max, r_max)
+        d = clip((E[x] − mean) / σ, −d_max, d_max)        σ = √(var + epsilon)
+
+    `mean` and `var` are the running statistics before this batch. No gradient flows through r and
+    d. Within the limits y is what inference puts out, so small or unlike batches do less harm. With
+    `r_max=1` and `d_max=0` it is batch norm.
+
+    The running statistics of an untrained network mean nothing. Let the limits grow: the paper
+    takes r_max = 1 and d_max = 0 for 5,000 steps, and then raises them to 3 and 5.
+
+    Args:
+      r_max: at least 1: a number, a scalar array, or a function of `BatchStats.count`, the number
+        of batches before this one, such as a schedule of optax. Infinity sets no limit.
+      d_max: at least 0, likewise.
+      average_std: whether the running variance follows the standard deviations of batches, as in
+        the paper and in Keras: `√(var + epsilon)` is averaged. False averages variances.
+
+    Raises:
+      TypeError: a limit is neither a number nor a function, or `average_std` is not a bool.
+      ValueError: a number is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> stats = jaxbn.BatchStats(jnp.array([1.0]), jnp.array([4.0]), 9)
+      >>> x = jnp.array([[1.0], [5.0]])
+      >>> renorm = jaxbn.Renorm(r_max=3.0, d_max=5.0)
+      >>> y, _ = jaxbn.batch_norm(x, stats, train=True, renorm=renorm)
+      >>> bool(jnp.allclose(y, jaxbn.normalize(x, stats.mean, stats.var), atol=1e-6))
+      True
+
+    References:
+      Ioffe, "Batch Renormalization", 2017, https://arxiv.org/abs/1702.03275;
+      `keras.layers.BatchNormalization(renorm=True)`.
+    """
+
+    r_max: Limit = 3.0
+    d_max: Limit = 5.0
+    average_std: bool = False
+
+    def __post_init__(self) -> None:
+        check_known_bool(self.average_std, "average_std")
+        for name, least in (("r_max", 1), ("d_max", 0)):
+            limit = getattr(self, name)
+            if isinstance(limit, int | float | np.number) and not limit >= least:
+                raise ValueError(f"`{name}` must be at least {least}; got {limit}.")
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a limit depends on the number of batches."""
+        return callable(self.r_max) or callable(self.d_max)
+
+
+def limits(
+    renorm: Renorm | None,
+    stats: BatchStats | None,
+    x: jax.Array,
+    axis: int,
+    epsilon: float,
+    dtype: DTypeLike,
+) -> Limits | None:
+    """What the correction is made of, in `dtype`."""
+    if renorm is None:
+        return None
+    if not isinstance(renorm, Renorm):
+        raise TypeError(f"`renorm` must be a jaxbn.Renorm or None; got {type(renorm).__name__}.")
+    if stats is None:
+        raise ValueError("`renorm` corrects towards running statistics: pass `stats`; got None.")
+    stats = jax.lax.stop_gradient(checked_stats(stats))
+    mean = checked_vector(stats.mean, "stats.mean", x, axis)
+    var = checked_vector(stats.var, "stats.var", x, axis)
+    count = jnp.asarray(stats.count)
+
+    def value(limit: Limit, name: str) -> jax.Array:
+        array = checked_array(limit(count) if callable(limit) else limit, name)
+        if array.ndim or jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"`{name}` must be a real number, the same for all channels; got {array.dtype} of "
+                f"shape {array.shape}."
+            )
+        return array.astype(dtype)
+
+    # A negative variance shows, as in inference.
+    rstd = jax.lax.rsqrt(jnp.where(var < 0, jnp.nan, var).astype(dtype) + epsilon)
+    return Limits(
+        mean.astype(dtype), rstd, value(renorm.r_max, "r_max"), value(renorm.d_max, "d_max")
+    )
