@@ -58,8 +58,8 @@ def batch_norm(
     Args:
       x: input, channels at `axis`; float16, bfloat16, float32 or float64.
       stats: running statistics of shape `[C]`, or None where none are kept.
-      scale: γ, shape `[C]`; None means 1.
-      bias: β, shape `[C]`; None means 0.
+      scale: γ, shape `[C]`, or `[N, C]` for each sample its own; None means 1.
+      bias: β, shape `[C]`, or `[N, C]`; None means 0.
       train: True for training mode. A traced bool compiles both modes under `jax.lax.cond`, so `x`
         must then be fit for training.
       update_stats: whether to fold the batch into the statistics; None for `train`. False in

@@ -18,6 +18,7 @@ from jaxbn._checks import (
     checked_vector,
     statistics_dtype,
 )
+from jaxbn._conditional import conditional, is_conditional
 from jaxbn._core.derivative import normalize_by_batch
 from jaxbn._core.devices import AxisIndexGroups, AxisName, checked_devices
 from jaxbn._core.forward import (
@@ -59,8 +60,8 @@ def normalize(
       x: input, channels at `axis`; float16, bfloat16, float32 or float64.
       mean: shape `[C]`, usually `BatchStats.mean`.
       var: shape `[C]`, usually `BatchStats.var`; where it is negative, NaN results.
-      scale: γ, shape `[C]`; None means 1.
-      bias: β, shape `[C]`; None means 0.
+      scale: γ, shape `[C]`, or `[N, C]` for each sample its own; None means 1.
+      bias: β, shape `[C]`, or `[N, C]`; None means 0.
       axis: the channel axis of `x`.
       epsilon: added to the variance inside the square root; a Python number ≥ 0.
       dtype: the dtype of `y`; None for that of `x`.
@@ -101,6 +102,9 @@ def normalize(
     form = Form(axis, checked_epsilon(epsilon, wide, train=False), dtype)
     x, mask = checked_mask(mask, x, axis)
     residual = checked_residual(residual, x, dtype)
+    if is_conditional(scale, bias):
+        activation = conditional(x, axis, scale, bias, mask, residual, activation)
+        scale = bias = residual = None
     operands = _operands(x, scale, bias, mask, residual, axis, wide)
     operands, form = _with_activation(operands, activation, form)
     by_statistics = traced_once(normalize_by_statistics, form)
@@ -139,8 +143,8 @@ def batch_normalize(
 
     Args:
       x: input, channels at `axis`; float16, bfloat16, float32 or float64.
-      scale: γ, shape `[C]`; None means 1.
-      bias: β, shape `[C]`; None means 0.
+      scale: γ, shape `[C]`, or `[N, C]` for each sample its own; None means 1.
+      bias: β, shape `[C]`, or `[N, C]`; None means 0.
       axis: the channel axis of `x`; every other axis is reduced.
       epsilon: added to the variance inside the square root; a Python number > 0.
       dtype: the dtype of `y`; None for that of `x`.
@@ -191,6 +195,9 @@ def batch_normalize(
     form = Form(axis, epsilon, dtype, checked_devices(axis_name, axis_index_groups))
     x, mask = checked_mask(mask, x, axis)
     residual = checked_residual(residual, x, dtype)
+    if is_conditional(scale, bias):
+        activation = conditional(x, axis, scale, bias, mask, residual, activation)
+        scale = bias = residual = None
     groups = checked_groups(virtual_batch_size, x, axis)
     # A function of the user's own sees the whole batch, not a group of it.
     whole = groups > 1 and is_own(activation)

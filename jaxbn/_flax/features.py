@@ -37,6 +37,11 @@ class Features(NamedTuple):
         rest = len(self.shape) - len(self.axes)
         return value.reshape(*value.shape[:rest], math.prod(value.shape[rest:]))
 
+    def flat_vector(self, value: jax.Array) -> jax.Array:
+        """A scale or bias of the channel axes, or of each sample, with one channel axis."""
+        samples = value.shape[: value.ndim - len(self.axes)]
+        return value.reshape(*samples, -1)
+
     def wrapped(self, activation: str | Activation | None) -> str | Activation | None:
         """An activation of flat arrays that shows the user's own function arrays as they were."""
         if not is_own(activation):

@@ -10,7 +10,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._activation import Activation
 from jaxbn._batch_norm import batch_norm
-from jaxbn._checks import axis_hint, check_bool, checked_axis, statistics_dtype
+from jaxbn._checks import axis_hint, check_bool, checked_array, checked_axis, statistics_dtype
+from jaxbn._conditional import is_conditional
 from jaxbn._flax.complex import complex_batch_norm, complex_moments, complex_normalize
 from jaxbn._flax.features import Features, feature_axes
 from jaxbn._moments import Moments, batch_moments, merge_moments
@@ -96,6 +97,20 @@ def check_channels(layer: Module, shape: tuple[int, ...], features: tuple[int, .
     )
 
 
+def affine(
+    layer: Module, name: str, own: jax.Array | None, given: ArrayLike | None
+) -> jax.Array | None:
+    """The scale or bias of a layer: its own, or one that the call gives."""
+    if given is None:
+        return own if layer.train_affine else jax.lax.stop_gradient(own)
+    if own is not None:
+        raise ValueError(
+            f"`{name}` of a call takes the place of the layer's own, which it must not have; make "
+            f"the layer with {'affine=False' if hasattr(layer, 'affine') else f'use_{name}=False'}."
+        )
+    return checked_array(given, name)
+
+
 def torch_layer(
     layer: Module,
     x: jax.Array,
@@ -174,7 +189,7 @@ def flax_layer(
     several = Features(x.shape, axes)
     mask, residual = (None if v is None else several.flat(v) for v in (mask, residual))
     fused = {"activation": several.wrapped(activation), "mask": mask, "residual": residual}
-    scale, bias = (None if v is None else v.reshape(-1) for v in (scale, bias))
+    scale, bias = (None if v is None else several.flat_vector(v) for v in (scale, bias))
     vectors = jax.tree.map(lambda v: v.reshape(-1), kept)
     y, new = run(several.flat(x), vectors, scale, bias, axis=-1, **fused)
     return several.restored(y), jax.tree.map(lambda v, old: v.reshape(old.shape), new, kept)
@@ -210,11 +225,11 @@ def _layer(
         "renorm": _renorm(layer, kept),
         "update_stats": None if update is train or initializing else update,
     }
-    if not layer.train_affine:
-        scale, bias = jax.lax.stop_gradient((scale, bias))
     of_batch, normalized, whole = REAL
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        _check_real_only(fused | real_only | {"batch_moments": kept.moments or None})
+        of_samples = True if is_conditional(scale, bias) else None
+        only = {"batch_moments": kept.moments or None, "scale or bias of each sample": of_samples}
+        _check_real_only(fused | real_only | only)
         x, fused, real_only = x.astype(dtype), {}, {}
         of_batch, normalized, whole = COMPLEX
     if initializing and (train is not False or not kept.running):

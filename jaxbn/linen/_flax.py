@@ -13,7 +13,7 @@ from jaxbn._activation import Activation
 from jaxbn._checks import checked_array
 from jaxbn._core.devices import AxisIndexGroups, AxisName
 from jaxbn._flax.features import feature_axes
-from jaxbn._flax.layer import check_channels, flax_layer
+from jaxbn._flax.layer import affine, check_channels, flax_layer
 from jaxbn._renorm import Renorm
 from jaxbn._types import Flag, Integer, Number
 from jaxbn.linen._variables import (
@@ -129,6 +129,8 @@ class BatchNorm(nn.Module):
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x`, in training mode by its own statistics, which it then folds in.
 
@@ -138,6 +140,9 @@ class BatchNorm(nn.Module):
           mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even
             NaN, never affect a result or a derivative; the output there is zero.
           residual: added before the activation; in the shape of `x` and the dtype of the output.
+          scale: γ of this call, shape `[C]` or `[N, C]`, for a layer without one of its own:
+            conditional batch norm.
+          bias: β of this call, likewise.
 
         Returns:
           `activation(normalized + residual)`, of the shape of `x`.
@@ -156,7 +161,8 @@ class BatchNorm(nn.Module):
         moments = moments_of(self)
         before = values(running, moments)
         check_channels(self, x.shape, before.running["mean"].shape)
-        scale, bias = scale_and_bias(self, features, self.use_scale, self.use_bias)
+        own = scale_and_bias(self, features, self.use_scale, self.use_bias)
+        scale, bias = affine(self, "scale", own[0], scale), affine(self, "bias", own[1], bias)
         with jax.numpy_dtype_promotion("standard"):  # by definition of `dtype=None`
             dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         y, after = flax_layer(

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxbn._activation import Activation
 from jaxbn._checks import checked_float
 from jaxbn._core.devices import AxisIndexGroups, AxisName
-from jaxbn._flax.layer import check_channels, check_layout, torch_layer
+from jaxbn._flax.layer import affine, check_channels, check_layout, torch_layer
 from jaxbn._renorm import Renorm
 from jaxbn._stats import BatchStats
 from jaxbn._types import Flag, Integer, Number
@@ -61,6 +61,8 @@ class _TorchBatchNorm(nn.Module):
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x`, in training mode by its own statistics, which it then folds in.
 
@@ -70,6 +72,9 @@ class _TorchBatchNorm(nn.Module):
           mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even
             NaN, never affect a result or a derivative; the output there is zero.
           residual: added before the activation; in the shape of `x` and the dtype of the output.
+          scale: γ of this call, shape `[C]` or `[N, C]`, for a layer without one of its own:
+            conditional batch norm.
+          bias: β of this call, likewise.
 
         Returns:
           `activation(normalized + residual)`, of the shape of `x`.
@@ -85,7 +90,8 @@ class _TorchBatchNorm(nn.Module):
                 self, features, self.param_dtype, BatchStats._fields, train, update
             )
         moments = moments_of(self)
-        scale, bias = scale_and_bias(self, features, self.affine, self.affine and self.bias)
+        own = scale_and_bias(self, features, self.affine, self.affine and self.bias)
+        scale, bias = affine(self, "scale", own[0], scale), affine(self, "bias", own[1], bias)
         y, after = torch_layer(
             self,
             x,

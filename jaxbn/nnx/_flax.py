@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxbn._activation import Activation
 from jaxbn._checks import checked_array
 from jaxbn._core.devices import AxisIndexGroups, AxisName
-from jaxbn._flax.layer import check_channels, flax_layer
+from jaxbn._flax.layer import affine, check_channels, flax_layer
 from jaxbn._renorm import Renorm
 from jaxbn._stats import init_batch_stats
 from jaxbn._types import Flag, Integer, Number
@@ -158,6 +158,8 @@ class BatchNorm(BatchNormLayer):
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x`, in training mode by its own statistics, which it then folds in.
 
@@ -168,6 +170,9 @@ class BatchNorm(BatchNormLayer):
           mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even
             NaN, never affect a result or a derivative; the output there is zero.
           residual: added before the activation; in the shape of `x` and the dtype of the output.
+          scale: γ of this call, shape `[C]` or `[N, C]`, for a layer without one of its own:
+            conditional batch norm.
+          bias: β of this call, likewise.
 
         Returns:
           `activation(normalized + residual)`, of the shape of `x`.
@@ -176,7 +181,8 @@ class BatchNorm(BatchNormLayer):
         check_channels(self, x.shape, (self.num_features,))
         train, update = self._modes(use_running_average)
         kept = self._kept(("mean", "var"))
-        scale, bias = value(self.scale), value(self.bias)
+        scale = affine(self, "scale", value(self.scale), scale)
+        bias = affine(self, "bias", value(self.bias), bias)
         arrays = (x, kept.running["mean"], kept.running["var"], scale, bias)
         with jax.numpy_dtype_promotion("standard"):  # by definition of `dtype=None`
             promoted = self.promote_dtype(arrays, dtype=self.dtype)

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxbn._activation import Activation
 from jaxbn._checks import checked_float, statistics_dtype
 from jaxbn._core.devices import AxisIndexGroups, AxisName
-from jaxbn._flax.layer import check_channels, check_layout, torch_layer
+from jaxbn._flax.layer import affine, check_channels, check_layout, torch_layer
 from jaxbn._renorm import Renorm
 from jaxbn._stats import BatchStats, init_batch_stats
 from jaxbn._types import Flag, Integer, Number
@@ -82,6 +82,8 @@ class _TorchBatchNorm(BatchNormLayer):
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x`, in training mode by its own statistics, which it then folds in.
 
@@ -92,6 +94,9 @@ class _TorchBatchNorm(BatchNormLayer):
           mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even
             NaN, never affect a result or a derivative; the output there is zero.
           residual: added before the activation; in the shape of `x` and the dtype of the output.
+          scale: γ of this call, shape `[C]` or `[N, C]`, for a layer without one of its own:
+            conditional batch norm.
+          bias: β of this call, likewise.
 
         Returns:
           `activation(normalized + residual)`, of the shape of `x`.
@@ -104,8 +109,8 @@ class _TorchBatchNorm(BatchNormLayer):
             self,
             x,
             self._kept(BatchStats._fields),
-            value(self.scale),
-            value(self.bias),
+            affine(self, "scale", value(self.scale), scale),
+            affine(self, "bias", value(self.bias), bias),
             train,
             update,
             activation=self._activation(),

@@ -106,9 +106,17 @@ def batch_normed(state, x, scale, bias, train=True, axis_name=None):
     return state, {"y": y}
 
 
+def conditioned(state, x, scale, bias, train=True, axis_name=None):
+    of_samples = scale[None] + jnp.cos(x[:, 0]), bias[None] + jnp.sin(x[:, 1])
+    y, state = jaxbn.batch_norm(x, state, *of_samples, train=train, axis_name=axis_name, **fused(x))
+    return state, {"y": y}
+
+
 def renormed(state, x, scale, bias, train=True, axis_name=None):
     """Both limits are reached: no gradient flows through the correction, so it must be constant."""
-    limits = jaxbn.Renorm(r_max=1.2, d_max=lambda count: count.astype("float32") / 10, average_std=True)
+    limits = jaxbn.Renorm(
+        r_max=1.2, d_max=lambda count: count.astype("float32") / 10, average_std=True
+    )
     y, state = jaxbn.batch_norm(
         x, state, scale, bias, train=train, axis_name=axis_name, renorm=limits, **fused(x)
     )
@@ -184,6 +192,7 @@ ROWS = {
     "batch_normalize, fused": Row(fused_batch_normalized, shape=IMAGES),
     "batch_norm": Row(batch_normed, STATS, IMAGES, uses_train=True),
     "batch_norm, groups": Row(grouped, STATS, uses_train=True),
+    "batch_norm, conditional": Row(conditioned, STATS, uses_train=True),
     "batch_norm, renorm": Row(renormed, FAR, uses_train=True),
     "fold_into_conv": Row(folded),
     "fold_into_dense": Row(folded, shape=(8, 4)),
