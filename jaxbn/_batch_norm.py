@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn._activation import Activation
 from jaxbn._checks import check_bool, check_momentum
 from jaxbn._core.devices import AxisIndexGroups, AxisName, spread
+from jaxbn._domains import by_domain
 from jaxbn._moments import Moments, batch_moments
 from jaxbn._normalize import batch_normalize, normalize
 from jaxbn._renorm import Renorm
@@ -42,6 +43,7 @@ def batch_norm(
     residual: ArrayLike | None = None,
     skip_nonfinite: Flag = False,
     renorm: Renorm | None = None,
+    domain: ArrayLike | None = None,
 ) -> tuple[jax.Array, Stats]:
     """Batch norm in training or in inference mode, with its running statistics.
 
@@ -86,6 +88,11 @@ def batch_norm(
         bool, traced or not.
       renorm: corrects a batch towards the running statistics in training: batch renormalization
         with limits on the correction. None for batch norm.
+      domain: which of k sets of statistics, stacked as mean and var of shape `[k, C]` and count of
+        shape `[k]`: an integer, or one for each sample, shape `[N]`; traced or not. `scale` and
+        `bias` are shared, `[C]`, or of shape `[k, C]`. Samples of a domain are normalized among
+        themselves, and a domain without samples keeps its count. Where there is no such domain, y
+        is NaN.
 
     Returns:
       `(y, stats)`: `y` in the shape of `x`; the new statistics, without gradient, or None
@@ -120,59 +127,54 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
     check_bool(skip_nonfinite, "skip_nonfinite")
     if update_stats is not None:
         check_bool(update_stats, "update_stats")
+    devices: dict[str, Any] = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    options: dict[str, Any] = {"axis": axis, "epsilon": epsilon, "dtype": dtype, "mask": mask}
+    options |= {"activation": activation, "residual": residual}
+    of_batch: dict[str, Any] = {"virtual_batch_size": virtual_batch_size, "renorm": renorm}
+    of_update: dict[str, Any] = {"momentum": momentum, "unbiased": unbiased}
+    of_update |= {"skip_nonfinite": skip_nonfinite}
+    if domain is not None:
+        run = functools.partial(batch_norm, train=train, **of_batch, **of_update)
+        update = train if update_stats is None else update_stats
+        both: Any = by_domain(run, x, stats, (scale, bias), domain, update, options | devices)
+        return cast(tuple[jax.Array, Stats], both)
     if stats is not None:
         stats = checked_stats(stats)
-    options: dict[str, Any] = {
-        "axis": axis,
-        "epsilon": epsilon,
-        "dtype": dtype,
-        "mask": mask,
-        "activation": activation,
-        "residual": residual,
-    }
-
-    devices: dict[str, Any] = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
     by_batch = functools.partial(
-        batch_normalize,
-        x,
-        scale,
-        bias,
-        virtual_batch_size=virtual_batch_size,
-        renorm=renorm,
-        stats=stats,
-        **devices,
-        **options,
+        batch_normalize, x, scale, bias, stats=stats, **of_batch, **devices, **options
     )
     if stats is None:
         return by_batch()[0], None
+    if renorm is not None and renorm.average_std:
+        of_update["std_epsilon"] = epsilon
+
+    def folded(moments: Callable[[], Moments], in_mode: bool) -> BatchStats:
+        update = in_mode if update_stats is None else update_stats
+        return _folded(stats, moments, update, of_update)
 
     def in_training() -> tuple[jax.Array, BatchStats]:
         y, moments = by_batch()
-        return y, folded_in(lambda: moments, True if update_stats is None else update_stats)
+        return y, folded(lambda: moments, True)
 
     def in_inference() -> tuple[jax.Array, BatchStats]:
         y = normalize(x, stats.mean, stats.var, scale, bias, **options)
-        of_batch = functools.partial(batch_moments, x, axis=axis, mask=mask, **devices)
-        return y, folded_in(of_batch, False if update_stats is None else update_stats)
-
-    def folded_in(moments: Callable[[], Moments], update: Flag) -> BatchStats:
-        old = jax.lax.stop_gradient(stats)
-        traced = isinstance(update, jax.core.Tracer)
-        if not traced and not update:
-            return old
-        new = update_batch_stats(
-            stats,
-            moments(),
-            momentum=momentum,
-            unbiased=unbiased,
-            skip_nonfinite=skip_nonfinite,
-            std_epsilon=epsilon if renorm is not None and renorm.average_std else None,
-        )
-        return jax.tree.map(functools.partial(jnp.where, update), new, old) if traced else new
+        return y, folded(lambda: batch_moments(x, axis=axis, mask=mask, **devices), False)
 
     if isinstance(train, jax.core.Tracer):
         return _either(train, in_training, in_inference)
     return in_training() if train else in_inference()
+
+
+def _folded(
+    stats: BatchStats, moments: Callable[[], Moments], update: Flag, options: dict[str, Any]
+) -> BatchStats:
+    """The statistics after a batch, or as they were; a traced `update` takes its moments anyway."""
+    old = jax.lax.stop_gradient(stats)
+    traced = isinstance(update, jax.core.Tracer)
+    if not traced and not update:
+        return old
+    new = update_batch_stats(stats, moments(), **options)
+    return jax.tree.map(functools.partial(jnp.where, update), new, old) if traced else new
 
 
 def _either(train: jax.Array, in_training: Mode, in_inference: Mode) -> tuple[jax.Array, Any]:

@@ -3,7 +3,7 @@
 import functools
 import numbers
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.export
@@ -21,6 +21,8 @@ from jaxbn._checks import (
 from jaxbn._core.devices import placed_like
 from jaxbn._moments import Moments, checked_moments
 from jaxbn._types import Bool, Flag, Integer, Number
+
+Tree = TypeVar("Tree")
 
 
 class BatchStats(NamedTuple):
@@ -97,7 +99,9 @@ unknown: running_mean. For torch's names use `jaxbn.torch.from_state_dict`.
 jax.export.register_namedtuple_serialization(BatchStats, serialized_name="jaxbn.BatchStats")
 
 
-def init_batch_stats(num_features: Integer, dtype: DTypeLike = jnp.float32) -> BatchStats:
+def init_batch_stats(
+    num_features: Integer, dtype: DTypeLike = jnp.float32, *, num_domains: Integer | None = None
+) -> BatchStats:
     """Running statistics before the first batch.
 
         mean = 0        var = 1        count = 0
@@ -105,13 +109,15 @@ def init_batch_stats(num_features: Integer, dtype: DTypeLike = jnp.float32) -> B
     Args:
       num_features: the number of channels, C ≥ 1.
       dtype: float32, or float64 where 64-bit types are enabled.
+      num_domains: k for a stack of statistics, for `domain` of `batch_norm`; None for one set.
 
     Returns:
-      `BatchStats` with vectors of shape `[C]`.
+      `BatchStats` with vectors of shape `[C]`; with domains mean and var of shape `[k, C]`, and
+      count of shape `[k]`.
 
     Raises:
-      TypeError: `num_features` is not an int, or `dtype` is narrower than float32.
-      ValueError: `num_features` is less than 1.
+      TypeError: a number is not an int, or `dtype` is narrower than float32.
+      ValueError: a number is less than 1.
 
     Example:
       >>> import jaxbn
@@ -121,18 +127,23 @@ def init_batch_stats(num_features: Integer, dtype: DTypeLike = jnp.float32) -> B
     References:
       `torch.nn.BatchNorm2d.reset_running_stats`.
     """
-    if not isinstance(num_features, numbers.Integral) or isinstance(num_features, bool):
-        raise TypeError(
-            f"`num_features` must be an int, the number of channels; got {num_features!r}."
-        )
-    if num_features < 1:
-        raise ValueError(f"`num_features` must be at least 1; got {num_features}.")
+    _check_number("num_features", num_features, "channels")
+    if num_domains is not None:
+        _check_number("num_domains", num_domains, "domains")
     stats = BatchStats(
         jnp.zeros(int(num_features), dtype),
         jnp.ones(int(num_features), dtype),
         jnp.zeros((), jnp.int32),
     )
-    return checked_stats(stats)
+    return stacked(checked_stats(stats), num_domains)
+
+
+def stacked(tree: Tree, num_domains: Integer | None) -> Tree:
+    """A copy of each array for each domain, along a first axis."""
+    if num_domains is None:
+        return tree
+    copies: Tree = jax.tree.map(lambda v: jnp.tile(v, (int(num_domains), *[1] * v.ndim)), tree)
+    return copies
 
 
 def update_batch_stats(
@@ -297,6 +308,13 @@ def _check_names(mapping: Mapping[str, ArrayLike]) -> None:
             f"missing: {', '.join(missing) or 'none'}; "
             f"unknown: {', '.join(unknown) or 'none'}.{hint}"
         )
+
+
+def _check_number(name: str, number: object, what: str) -> None:
+    if not isinstance(number, numbers.Integral) or isinstance(number, bool):
+        raise TypeError(f"`{name}` must be an int, the number of {what}; got {number!r}.")
+    if number < 1:
+        raise ValueError(f"`{name}` must be at least 1; got {number}.")
 
 
 def _check_count(count: object) -> None:

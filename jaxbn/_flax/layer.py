@@ -18,7 +18,7 @@ from jaxbn._moments import Moments, batch_moments, merge_moments
 from jaxbn._normalize import batch_normalize, normalize
 from jaxbn._renorm import Renorm
 from jaxbn._stats import BatchStats
-from jaxbn._types import Number
+from jaxbn._types import Integer, Number
 
 Module = Any  # of Linen or of NNX, with the fields of the same names that are read here
 Vectors = dict[str, jax.Array]
@@ -97,6 +97,11 @@ def check_channels(layer: Module, shape: tuple[int, ...], features: tuple[int, .
     )
 
 
+def affine_shape(*features: int, num_domains: Integer | None, shared: bool) -> tuple[int, ...]:
+    """The shape of scale and bias: one of each for every domain, or for all."""
+    return features if num_domains is None or shared else (int(num_domains), *features)
+
+
 def affine(
     layer: Module, name: str, own: jax.Array | None, given: ArrayLike | None
 ) -> jax.Array | None:
@@ -123,6 +128,7 @@ def torch_layer(
     activation: str | Activation | None,
     mask: ArrayLike | None,
     residual: ArrayLike | None,
+    domain: ArrayLike | None,
     initializing: bool = False,
 ) -> tuple[jax.Array, Kept]:
     """The output of a layer with torch's fields, and what it keeps after this batch."""
@@ -142,6 +148,7 @@ def torch_layer(
         activation=activation,
         mask=mask,
         residual=residual,
+        domain=domain,
         initializing=initializing,
     )
 
@@ -159,6 +166,7 @@ def flax_layer(
     activation: str | Activation | None,
     mask: ArrayLike | None,
     residual: ArrayLike | None,
+    domain: ArrayLike | None,
     initializing: bool = False,
 ) -> tuple[jax.Array, Kept]:
     """The output of a layer with Flax's fields, and what it keeps after this batch."""
@@ -179,6 +187,7 @@ def flax_layer(
         momentum=1 - layer.momentum,
         unbiased=False,
         epsilon=layer.epsilon,
+        domain=domain,
         initializing=initializing,
     )
     axes = feature_axes(layer.axis, x.shape)
@@ -190,7 +199,7 @@ def flax_layer(
     mask, residual = (None if v is None else several.flat(v) for v in (mask, residual))
     fused = {"activation": several.wrapped(activation), "mask": mask, "residual": residual}
     scale, bias = (None if v is None else several.flat_vector(v) for v in (scale, bias))
-    vectors = jax.tree.map(lambda v: v.reshape(-1), kept)
+    vectors = jax.tree.map(several.flat_vector, kept)
     y, new = run(several.flat(x), vectors, scale, bias, axis=-1, **fused)
     return several.restored(y), jax.tree.map(lambda v, old: v.reshape(old.shape), new, kept)
 
@@ -212,10 +221,16 @@ def _layer(
     activation: str | Activation | None,
     mask: ArrayLike | None,
     residual: ArrayLike | None,
+    domain: ArrayLike | None,
     initializing: bool,
 ) -> tuple[jax.Array, Kept]:
     fixed: dict[str, Any] = {"axis": axis, "epsilon": epsilon, "dtype": dtype, "mask": mask}
     fused: dict[str, Any] = {"activation": activation, "residual": residual}
+    if (domain is None) != (layer.num_domains is None):
+        raise ValueError(
+            "`domain` says which of `num_domains` sets of statistics a call is for; got "
+            f"domain={domain!r} for a layer with num_domains={layer.num_domains}."
+        )
     devices: dict[str, Any] = {
         "axis_name": layer.axis_name,
         "axis_index_groups": layer.axis_index_groups,
@@ -223,6 +238,7 @@ def _layer(
     real_only: dict[str, Any] = {
         "virtual_batch_size": layer.virtual_batch_size,
         "renorm": _renorm(layer, kept),
+        "domain": domain,
         "update_stats": None if update is train or initializing else update,
     }
     of_batch, normalized, whole = REAL
@@ -235,9 +251,13 @@ def _layer(
     if initializing and (train is not False or not kept.running):
         # Neither counts as a batch nor asks for more than one value per channel, nor for devices.
         moments = of_batch(x, axis=axis, mask=mask)
+        if domain is not None:  # puts out what the first domain does
+            scale, bias = (v if v is None or v.ndim == 1 else v[0] for v in (scale, bias))
         return normalized(x, moments.mean, moments.var, scale, bias, **fixed, **fused), kept
+    if kept.moments and domain is not None:
+        raise NotImplementedError("`batch_moments` are of one set of statistics, not of domains.")
     if kept.moments and train is True:
-        del real_only["update_stats"]
+        del real_only["update_stats"], real_only["domain"]
         stats = _batch_stats(kept.running)
         fused |= devices | real_only
         y, moments = batch_normalize(x, scale, bias, stats=stats, **fixed, **fused)
@@ -302,4 +322,4 @@ def _batch_stats(running: Vectors) -> BatchStats | None:
         if jnp.issubdtype(values[name].dtype, jnp.floating):
             values[name] = values[name].astype(statistics_dtype(values[name].dtype))
     # A missing count (Flax keeps none) is not needed where momentum is a number.
-    return BatchStats(**{"count": jnp.zeros((), jnp.int32)} | values)
+    return BatchStats(**{"count": jnp.zeros(values["mean"].shape[:-1], jnp.int32)} | values)

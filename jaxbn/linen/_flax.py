@@ -76,6 +76,8 @@ class BatchNorm(nn.Module):
       train_affine: False stops the gradients of `scale` and `bias`.
       frozen: whether to normalize by the running statistics and leave them, in every mode.
       renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
+      num_domains: k for so many sets of statistics, `[k, C]`, for `domain` of the call.
+      shared_affine: whether domains share `scale` and `bias`; by default each has its own.
 
     Raises:
       TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
@@ -120,6 +122,8 @@ class BatchNorm(nn.Module):
     train_affine: bool = True
     frozen: bool = False
     renorm: Renorm | None = None
+    num_domains: Integer | None = None
+    shared_affine: bool = False
 
     @nn.compact
     def __call__(
@@ -131,6 +135,7 @@ class BatchNorm(nn.Module):
         residual: ArrayLike | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
+        domain: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x`, in training mode by its own statistics, which it then folds in.
 
@@ -143,6 +148,8 @@ class BatchNorm(nn.Module):
           scale: γ of this call, shape `[C]` or `[N, C]`, for a layer without one of its own:
             conditional batch norm.
           bias: β of this call, likewise.
+          domain: which set of statistics, for a layer with `num_domains`: an integer, or one for
+            each sample; traced or not.
 
         Returns:
           `activation(normalized + residual)`, of the shape of `x`.
@@ -160,7 +167,7 @@ class BatchNorm(nn.Module):
         )
         moments = moments_of(self)
         before = values(running, moments)
-        check_channels(self, x.shape, before.running["mean"].shape)
+        check_channels(self, x.shape, before.running["mean"].shape[-len(features) :])
         own = scale_and_bias(self, features, self.use_scale, self.use_bias)
         scale, bias = affine(self, "scale", own[0], scale), affine(self, "bias", own[1], bias)
         with jax.numpy_dtype_promotion("standard"):  # by definition of `dtype=None`
@@ -177,6 +184,7 @@ class BatchNorm(nn.Module):
             activation=activation(self, x.shape),
             mask=mask,
             residual=residual,
+            domain=domain,
             initializing=self.is_initializing(),
         )
         store(moments, after.moments)

@@ -50,6 +50,8 @@ class _TorchBatchNorm(nn.Module):
     train_affine: bool = True
     frozen: bool = False
     renorm: Renorm | None = None
+    num_domains: Integer | None = None
+    shared_affine: bool = False
 
     layouts: ClassVar[tuple[str, ...]] = ()  # without the C, whose place is `axis`
 
@@ -63,6 +65,7 @@ class _TorchBatchNorm(nn.Module):
         residual: ArrayLike | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
+        domain: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x`, in training mode by its own statistics, which it then folds in.
 
@@ -75,6 +78,8 @@ class _TorchBatchNorm(nn.Module):
           scale: γ of this call, shape `[C]` or `[N, C]`, for a layer without one of its own:
             conditional batch norm.
           bias: β of this call, likewise.
+          domain: which set of statistics, for a layer with `num_domains`: an integer, or one for
+            each sample; traced or not.
 
         Returns:
           `activation(normalized + residual)`, of the shape of `x`.
@@ -103,6 +108,7 @@ class _TorchBatchNorm(nn.Module):
             activation=activation(self, x.shape),
             mask=mask,
             residual=residual,
+            domain=domain,
             initializing=self.is_initializing(),
         )
         store(moments, after.moments)
@@ -153,6 +159,8 @@ class BatchNorm1d(_TorchBatchNorm):
       train_affine: False stops the gradients of `scale` and `bias`.
       frozen: whether to normalize by the running statistics and leave them, in every mode.
       renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
+      num_domains: k for so many sets of statistics, `[k, C]`, for `domain` of the call.
+      shared_affine: whether domains share `scale` and `bias`; by default each has its own.
 
     Raises:
       TypeError: the input is not real floating point.

@@ -12,9 +12,9 @@ from flax.typing import Dtype
 
 from jaxbn._activation import Activation, is_own
 from jaxbn._checks import statistics_dtype
-from jaxbn._flax.layer import EFFECTS, Kept, Vectors, collects, modes
+from jaxbn._flax.layer import EFFECTS, Kept, Vectors, affine_shape, collects, modes
 from jaxbn._moments import Moments
-from jaxbn._stats import init_batch_stats
+from jaxbn._stats import init_batch_stats, stacked
 from jaxbn._types import Flag
 
 Variables = dict[str, nn.Variable[jax.Array]]
@@ -44,7 +44,7 @@ def running_statistics(
     def initial(name: str) -> jax.Array:
         stats = init_batch_stats(math.prod(shape), statistics_dtype(dtype))
         value: jax.Array = getattr(stats, name)
-        return value.reshape(shape) if value.ndim else value
+        return stacked(value.reshape(shape) if value.ndim else value, module.num_domains)
 
     return {name: module.variable("batch_stats", name, initial, name) for name in names}
 
@@ -67,7 +67,8 @@ def _check_collection(module: nn.Module, held: Any, train: Any) -> None:
 def scale_and_bias(
     module: nn.Module, shape: Sequence[int], use_scale: bool, use_bias: bool
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    shape, dtype = tuple(shape), module.param_dtype
+    shape = affine_shape(*shape, num_domains=module.num_domains, shared=module.shared_affine)
+    dtype = module.param_dtype
     scale = module.param("scale", module.scale_init, shape, dtype) if use_scale else None
     bias = module.param("bias", module.bias_init, shape, dtype) if use_bias else None
     return scale, bias

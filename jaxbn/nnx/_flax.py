@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxbn._activation import Activation
 from jaxbn._checks import checked_array
 from jaxbn._core.devices import AxisIndexGroups, AxisName
-from jaxbn._flax.layer import affine, check_channels, flax_layer
+from jaxbn._flax.layer import affine, affine_shape, check_channels, flax_layer
 from jaxbn._renorm import Renorm
 from jaxbn._stats import init_batch_stats
 from jaxbn._types import Flag, Integer, Number
@@ -70,6 +70,8 @@ class BatchNorm(BatchNormLayer):
       train_affine: False stops the gradients of `scale` and `bias`.
       frozen: whether to normalize by the running statistics and leave them, in every mode.
       renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
+      num_domains: k for so many sets of statistics, `[k, C]`, for `domain` of the call.
+      shared_affine: whether domains share `scale` and `bias`; by default each has its own.
 
     Raises:
       TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
@@ -122,13 +124,18 @@ class BatchNorm(BatchNormLayer):
         train_affine: bool = True,
         frozen: bool = False,
         renorm: Renorm | None = None,
+        num_domains: Integer | None = None,
+        shared_affine: bool = False,
     ) -> None:
-        stats = init_batch_stats(num_features)
+        stats = init_batch_stats(num_features, num_domains=num_domains)
         self.mean = nnx.BatchStat(stats.mean)
         self.var = nnx.BatchStat(stats.var)
-        make = parameter
-        self.scale = make(use_scale, scale_init, num_features, param_dtype, rngs, scale_metadata)
-        self.bias = make(use_bias, bias_init, num_features, param_dtype, rngs, bias_metadata)
+        make, shape = (
+            parameter,
+            affine_shape(num_features, num_domains=num_domains, shared=shared_affine),
+        )
+        self.scale = make(use_scale, scale_init, shape, param_dtype, rngs, scale_metadata)
+        self.bias = make(use_bias, bias_init, shape, param_dtype, rngs, bias_metadata)
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
@@ -149,6 +156,8 @@ class BatchNorm(BatchNormLayer):
         self.train_affine = train_affine
         self.frozen = frozen
         self.renorm = renorm
+        self.num_domains = num_domains
+        self.shared_affine = shared_affine
         self.moments = nnx.data(None)
 
     def __call__(
@@ -160,6 +169,7 @@ class BatchNorm(BatchNormLayer):
         residual: ArrayLike | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
+        domain: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x`, in training mode by its own statistics, which it then folds in.
 
@@ -173,6 +183,8 @@ class BatchNorm(BatchNormLayer):
           scale: γ of this call, shape `[C]` or `[N, C]`, for a layer without one of its own:
             conditional batch norm.
           bias: β of this call, likewise.
+          domain: which set of statistics, for a layer with `num_domains`: an integer, or one for
+            each sample; traced or not.
 
         Returns:
           `activation(normalized + residual)`, of the shape of `x`.
@@ -201,6 +213,7 @@ class BatchNorm(BatchNormLayer):
             activation=self._activation(),
             mask=mask,
             residual=residual,
+            domain=domain,
         )
         self._store(new, update is not False)
         return y

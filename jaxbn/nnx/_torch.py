@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxbn._activation import Activation
 from jaxbn._checks import checked_float, statistics_dtype
 from jaxbn._core.devices import AxisIndexGroups, AxisName
-from jaxbn._flax.layer import affine, check_channels, check_layout, torch_layer
+from jaxbn._flax.layer import affine, affine_shape, check_channels, check_layout, torch_layer
 from jaxbn._renorm import Renorm
 from jaxbn._stats import BatchStats, init_batch_stats
 from jaxbn._types import Flag, Integer, Number
@@ -47,11 +47,15 @@ class _TorchBatchNorm(BatchNormLayer):
         train_affine: bool = True,
         frozen: bool = False,
         renorm: Renorm | None = None,
+        num_domains: Integer | None = None,
+        shared_affine: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        self.scale = parameter(affine, scale_init, num_features, param_dtype, rngs, {})
-        self.bias = parameter(affine and bias, bias_init, num_features, param_dtype, rngs, {})
-        stats = init_batch_stats(num_features, statistics_dtype(param_dtype))
+        shape = affine_shape(num_features, num_domains=num_domains, shared=shared_affine)
+        self.scale = parameter(affine, scale_init, shape, param_dtype, rngs, {})
+        self.bias = parameter(affine and bias, bias_init, shape, param_dtype, rngs, {})
+        dtype_of_stats = statistics_dtype(param_dtype)
+        stats = init_batch_stats(num_features, dtype_of_stats, num_domains=num_domains)
         for name, initial in stats._asdict().items():
             kept = nnx.BatchStat(initial) if track_running_stats else nnx.data(None)
             setattr(self, name, kept)
@@ -73,6 +77,8 @@ class _TorchBatchNorm(BatchNormLayer):
         self.train_affine = train_affine
         self.frozen = frozen
         self.renorm = renorm
+        self.num_domains = num_domains
+        self.shared_affine = shared_affine
         self.moments = nnx.data(None)
 
     def __call__(
@@ -84,6 +90,7 @@ class _TorchBatchNorm(BatchNormLayer):
         residual: ArrayLike | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
+        domain: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes `x`, in training mode by its own statistics, which it then folds in.
 
@@ -97,6 +104,8 @@ class _TorchBatchNorm(BatchNormLayer):
           scale: γ of this call, shape `[C]` or `[N, C]`, for a layer without one of its own:
             conditional batch norm.
           bias: β of this call, likewise.
+          domain: which set of statistics, for a layer with `num_domains`: an integer, or one for
+            each sample; traced or not.
 
         Returns:
           `activation(normalized + residual)`, of the shape of `x`.
@@ -116,6 +125,7 @@ class _TorchBatchNorm(BatchNormLayer):
             activation=self._activation(),
             mask=mask,
             residual=residual,
+            domain=domain,
         )
         self._store(new, self.track_running_stats and update is not False)
         return y
@@ -162,6 +172,8 @@ class BatchNorm1d(_TorchBatchNorm):
       train_affine: False stops the gradients of `scale` and `bias`.
       frozen: whether to normalize by the running statistics and leave them, in every mode.
       renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
+      num_domains: k for so many sets of statistics, `[k, C]`, for `domain` of the call.
+      shared_affine: whether domains share `scale` and `bias`; by default each has its own.
       rngs: random numbers for the initializers.
 
     Raises:

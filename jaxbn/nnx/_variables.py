@@ -11,21 +11,21 @@ from flax.typing import Dtype, Initializer
 from jaxbn._activation import Activation, is_own
 from jaxbn._flax.layer import EFFECTS, Kept, collects, modes
 from jaxbn._moments import Moments
-from jaxbn._types import Flag, Integer
+from jaxbn._types import Flag
 
 
 def parameter(
     used: bool,
     initializer: Initializer,
-    num_features: Integer,
+    shape: tuple[int, ...],
     dtype: Dtype,
     rngs: nnx.Rngs,
     metadata: Mapping[str, Any],
 ) -> Any:
-    """A `Param` of shape `[C]`, or what stands in its place in a layer without it."""
+    """A `Param`, or what stands in its place in a layer without it."""
     if not used:
         return nnx.data(None)
-    return nnx.Param(initializer(rngs.params(), (num_features,), dtype), **metadata)
+    return nnx.Param(initializer(rngs.params(), shape, dtype), **metadata)
 
 
 def value(variable: Any) -> Any:

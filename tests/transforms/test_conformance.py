@@ -112,6 +112,16 @@ def conditioned(state, x, scale, bias, train=True, axis_name=None):
     return state, {"y": y}
 
 
+def of_domains(state, x, scale, bias, train=True, axis_name=None):
+    """The samples are of two domains; where an axis is named, each device has its own number."""
+    domain = (x[:, 0, 0] > 3).astype(jnp.int32)
+    vectors = (jnp.stack([v, jnp.cos(v)]) for v in (scale, bias))
+    y, state = jaxbn.batch_norm(
+        x, state, *vectors, train=train, axis_name=axis_name, domain=domain, **fused(x)
+    )
+    return state, {"y": y}
+
+
 def renormed(state, x, scale, bias, train=True, axis_name=None):
     """Both limits are reached: no gradient flows through the correction, so it must be constant."""
     limits = jaxbn.Renorm(
@@ -181,6 +191,7 @@ def nnx_layer(create, shape, axis):
 # Rows that are alike have one shape, so that JAX differentiates what they share once.
 IMAGES = (8, 2, 2, 4)
 STATS = jaxbn.BatchStats(jnp.full(4, 2.0), jnp.full(4, 3.0), jnp.int32(2))
+DOMAINS = jax.tree.map(lambda v: jnp.stack([v, 2 * v]), STATS)
 FAR = STATS._replace(mean=jnp.zeros(4), var=jnp.full(4, 0.25))
 ROWS = {
     "batch_moments": Row(moments),
@@ -193,6 +204,7 @@ ROWS = {
     "batch_norm": Row(batch_normed, STATS, IMAGES, uses_train=True),
     "batch_norm, groups": Row(grouped, STATS, uses_train=True),
     "batch_norm, conditional": Row(conditioned, STATS, uses_train=True),
+    "batch_norm, domains": Row(of_domains, DOMAINS, uses_train=True),
     "batch_norm, renorm": Row(renormed, FAR, uses_train=True),
     "fold_into_conv": Row(folded),
     "fold_into_dense": Row(folded, shape=(8, 4)),
