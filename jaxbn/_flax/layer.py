@@ -227,7 +227,7 @@ def _layer(
         real_only["update_stats"] = False
     y, stats = whole(
         x,
-        _batch_stats(kept.running),
+        batch_stats_of(kept.running),
         scale,
         bias,
         train=train,
@@ -265,7 +265,7 @@ def _check_real_only(options: dict[str, Any]) -> None:
         )
 
 
-def _batch_stats(running: Vectors) -> BatchStats | None:
+def batch_stats_of(running: Vectors) -> BatchStats | None:
     if not running:
         return None
     values = {name: jnp.asarray(value) for name, value in running.items()}

@@ -1,0 +1,140 @@
+"""Passes over a data set that replace running statistics, whether Linen or NNX owns them."""
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._flax.moments import Layers, as_samples, averaged, replaced, total
+from jaxbn._types import Number
+
+# The moments of a batch in the layers that have these running statistics. The second argument and
+# result is what the model hands from batch to batch.
+Collect = Callable[[Layers, Any, Any], tuple[Layers, Any]]
+Callback = Callable[[int, int], object]
+
+
+def recalibrated(
+    collect: Collect,
+    carry: Any,
+    old: Layers,
+    batches: Iterable[Any],
+    *,
+    sequential: bool,
+    average: bool,
+    prior: Number,
+    callback: Callback | None,
+) -> Layers:
+    """The running statistics of each layer over a data set."""
+    _check_options(batches, sequential, average, prior)
+    passes = 1
+    if sequential:  # the last one finds that nothing changes
+        passes += sum(math.prod(jnp.shape(v.get("count", 0))) for v in old.values())
+    new = old
+    for i in range(passes):
+        parts = _of_batches(collect, carry, new, batches, callback, i)
+        if average:
+            parts = map(partial(_samples, new), parts)
+        whole, number = total(parts)
+        if not number:
+            raise ValueError("`batches` must hold at least one batch; got none.")
+        before, new = new, _statistics(old, whole, number, average=average, prior=prior)
+        if sequential and _equal(before, new):
+            break
+    _check_known(new, whole)
+    return new
+
+
+def _of_batches(
+    collect: Collect,
+    carry: Any,
+    running: Layers,
+    batches: Iterable[Any],
+    callback: Callback | None,
+    passes: int,
+) -> Iterator[Layers]:
+    last: Layers = {}
+    for done, batch in enumerate(batches, 1):
+        moments, carry = collect(running, carry, batch)
+        yield moments
+        if not _traced(last):
+            jax.block_until_ready(last)  # so that at most two batches are on the device
+        last = moments
+        if callback:
+            callback(done, passes)
+
+
+@jax.jit
+def _samples(running: Layers, moments: Layers) -> Layers:
+    return {name: as_samples(running[name], v) for name, v in moments.items()}
+
+
+@partial(jax.jit, static_argnames=("average", "prior"))
+def _statistics(
+    old: Layers, whole: Layers, batches: int, *, average: bool, prior: Number
+) -> Layers:
+    replace = averaged if average else partial(replaced, prior=prior)
+    return {name: replace(old[name], v, batches) for name, v in whole.items()}
+
+
+def _traced(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def _equal(first: Layers, second: Layers) -> bool:
+    """Whether statistics are the same to the last bit; False where they are traced."""
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return not _traced((first, second)) and all(
+        np.array_equal(a, b, equal_nan=True) for a, b in pairs
+    )
+
+
+def _check_options(batches: Any, sequential: bool, average: bool, prior: Number) -> None:
+    if not isinstance(prior, numbers.Real) or not 0 <= prior < math.inf:
+        raise ValueError(
+            "`prior` must be a number of batches, at least 0, that the old statistics count as; "
+            f"got {prior!r}."
+        )
+    if average and prior:
+        raise ValueError(
+            "`prior` mixes the moments of all samples with the old statistics, and average=True "
+            f"keeps no moments; got prior={prior}. Leave one of them out."
+        )
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"`batches` must be iterable; got {type(batches).__name__}.")
+    if sequential and isinstance(batches, Iterator):
+        raise TypeError(
+            "`batches` must start anew for each pass where sequential=True; got a "
+            f"{type(batches).__name__}, which runs once. Pass a list, or an object whose __iter__ "
+            "makes a new iterator."
+        )
+
+
+def _check_known(new: Layers, whole: Layers) -> None:
+    """Refuses statistics that the data set does not tell, unless they are traced: those are NaN."""
+    if _traced(new):
+        return
+    bad = [name for name, v in new.items() if not np.isfinite([v["mean"], v["var"]]).all()]
+    few = [name for name in bad if not (np.asarray(whole[name]["count"]) > 0).all()]
+    if few:
+        raise ValueError(
+            "Each batch norm must get at least two values per channel; got fewer for "
+            f"{listed(few)}. Leave out by `where` what is frozen, has update_stats=False, is not "
+            "called, or is another library's. In `nn.scan` and other lifted transforms name the "
+            'collection: variable_axes={"batch_moments": 0}.'
+        )
+    if bad:
+        raise ValueError(
+            f"The statistics must be finite; got others for {listed(bad)}: its input has NaN or "
+            "infinity, or two values per channel are not there. skip_nonfinite=True leaves batches "
+            "with NaN or infinity out."
+        )
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) if name else "the model itself" for name in names) or "none"
