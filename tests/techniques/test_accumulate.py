@@ -41,7 +41,8 @@ def expected_after(name, rows):
 
 
 def valid_rows(parts, masks=None):
-    parts = [p if m is None else p[m[:, 0, 0]] for p, m in zip(parts, masks or [None] * 3)]
+    if masks is not None:
+        parts = [part[mask[:, 0, 0]] for part, mask in zip(parts, masks, strict=True)]
     return np.concatenate(parts)
 
 
@@ -403,7 +404,7 @@ def test_long_accumulation():
 def test_errors():
     stats = {"a": {"norm": {"mean": jnp.zeros(4), "var": jnp.ones(4)}}}
     moments = linen.init_batch_moments(stats)
-    with pytest.raises(ValueError, match="`batch_stats` must have a batch norm.*got none in 'a'"):
+    with pytest.raises(ValueError, match=r"`batch_stats` must have a batch norm.*got none in 'a'"):
         linen.init_batch_moments({"a": {"sigma": jnp.ones(())}})
     with pytest.raises(ValueError, match="must be those of layers in `batch_stats`; got others fo"):
         linen.update_batch_stats(stats, {"b": moments["a"]})
@@ -413,7 +414,10 @@ def test_errors():
         linen.update_batch_stats(stats, moments, momentum=1.5)
     with pytest.raises(ValueError, match="`batch_moments` must hold mean, var and count"):
         linen.BatchNorm().apply(
-            {"params": {"scale": jnp.ones(4), "bias": jnp.ones(4)}, "batch_stats": stats["a"]["norm"]}
+            {
+                "params": {"scale": jnp.ones(4), "bias": jnp.ones(4)},
+                "batch_stats": stats["a"]["norm"],
+            }
             | {"batch_moments": {"mean": jnp.zeros(4)}},
             PARTS[0],
             False,
@@ -421,8 +425,8 @@ def test_errors():
         )
     with pytest.raises(ValueError, match="A batch norm of the model must have moments; got none"):
         nnx.update_batch_stats(Model())
-    with pytest.raises(ValueError, match="must choose at least one batch norm of jaxbn.nnx"):
+    with pytest.raises(ValueError, match=r"must choose at least one batch norm of jaxbn.nnx"):
         nnx.init_batch_moments(Model(), "body")
     foreign = flax_nnx.Sequential(flax_nnx.BatchNorm(4, rngs=flax_nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="must be those of jaxbn.nnx; got layers of another lib"):
+    with pytest.raises(ValueError, match=r"must be those of jaxbn.nnx; got layers of another lib"):
         nnx.init_batch_moments(foreign)
