@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxbn._flax.moments import Layers, as_samples, averaged, replaced, total
 from jaxbn._types import Number
@@ -33,8 +32,8 @@ def recalibrated(
     """The running statistics of each layer over a data set."""
     _check_options(batches, sequential, average, prior)
     passes = 1
-    if sequential:  # the last one finds that nothing changes
-        passes += sum(math.prod(jnp.shape(v.get("count", 0))) for v in old.values())
+    if sequential:  # one for each layer, stacked or not; the last one finds that nothing changes
+        passes += sum(math.prod(jnp.shape(v["mean"])[:-1]) for v in old.values())
     new = old
     for i in range(passes):
         parts = _of_batches(collect, carry, new, batches, callback, i)
@@ -43,8 +42,8 @@ def recalibrated(
         whole, number = total(parts)
         if not number:
             raise ValueError("`batches` must hold at least one batch; got none.")
-        before, new = new, _statistics(old, whole, number, average=average, prior=prior)
-        if sequential and _equal(before, new):
+        last, new = new, _statistics(old, whole, number, average=average, prior=prior)
+        if sequential and not _traced(new) and _equal(last, new):
             break
     _check_known(new, whole)
     return new
@@ -86,12 +85,27 @@ def _traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def _equal(first: Layers, second: Layers) -> bool:
-    """Whether statistics are the same to the last bit; False where they are traced."""
-    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
-    return not _traced((first, second)) and all(
-        np.array_equal(a, b, equal_nan=True) for a, b in pairs
-    )
+@jax.jit
+def _equal(first: Layers, second: Layers) -> jax.Array:
+    """Whether statistics are the same to the last bit."""
+    same = [
+        jnp.array_equal(first[layer][name], second[layer][name], equal_nan=True)
+        for layer in first
+        for name in ("mean", "var")
+    ]
+    return jnp.stack(same).all()
+
+
+@jax.jit
+def _complete(new: Layers, whole: Layers) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Whether the statistics of each layer are finite, and whether all channels had values."""
+    return {
+        name: (
+            jnp.isfinite(v["mean"]).all() & jnp.isfinite(v["var"]).all(),
+            (whole[name]["count"] > 0).all(),
+        )
+        for name, v in new.items()
+    }
 
 
 def _check_options(batches: Any, sequential: bool, average: bool, prior: Number) -> None:
@@ -119,8 +133,8 @@ def _check_known(new: Layers, whole: Layers) -> None:
     """Refuses statistics that the data set does not tell, unless they are traced: those are NaN."""
     if _traced(new):
         return
-    bad = [name for name, v in new.items() if not np.isfinite([v["mean"], v["var"]]).all()]
-    few = [name for name in bad if not (np.asarray(whole[name]["count"]) > 0).all()]
+    bad = {name: seen for name, (finite, seen) in _complete(new, whole).items() if not finite}
+    few = [name for name, seen in bad.items() if not seen]
     if few:
         raise ValueError(
             "Each batch norm must get at least two values per channel; got fewer for "

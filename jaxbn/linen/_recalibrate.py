@@ -138,9 +138,11 @@ def recalibrate(
 
     What a layer gets depends on how the layers below it normalize:
 
-    - By default each batch normalizes itself there, as in training. One pass takes all layers.
+    - By default each batch normalizes itself there, as in training, and needs two values per
+      channel. One pass takes all layers.
     - With `sequential` the new statistics do, as later in inference. Each pass makes one more layer
-      of the longest chain exact, and one more pass finds that nothing changes.
+      of the longest chain exact, and one more pass finds that nothing changes. For a layer that is
+      called at several depths each pass is one step towards a fixed point.
 
     Args:
       apply: a function `(variables, batch, train, mutable)` that returns what `model.apply` does:
@@ -153,10 +155,11 @@ def recalibrate(
       where: which batch norms, by their paths: `lambda path: path.startswith("backbone/")`. The
         others keep their statistics.
       sequential: whether the layers below normalize by the new statistics.
-      average: the average of what each batch alone gives, as torch's `update_bn` has it, in place
-        of the statistics of all samples.
-      prior: how many batches the old statistics count as: a mixture, for test-time adaptation. Of
-        one batch and `prior=1` it has half of each, in all layers, however many values they get.
+      average: the average of what each batch alone gives, in place of the statistics of all
+        samples: what torch's `update_bn` has, of layers of torch's conventions.
+      prior: how many batches the old statistics count as, a Python number: a mixture, for test-time
+        adaptation. With one batch, 1 takes half of each, in all layers, however many values they
+        get.
       callback: called with the number of batches done in this pass and of passes done, `(1, 0)`
         after the first batch.
 

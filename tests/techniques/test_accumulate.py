@@ -374,6 +374,51 @@ def test_a_training_step_of_nnx():
     assert_close(stats_of(model.head), stats_of(other.head), 1e-6)
 
 
+class Two(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        options = {"axis": -1, "param_dtype": jnp.float64}
+        for features in (5, 4):
+            x = nn.Dense(features, param_dtype=jnp.float64)(x)
+            x = jnp.tanh(linen.BatchNorm1d(features, **options)(x, not train))
+        return x
+
+
+def test_the_output_of_the_whole_batch(x64):
+    """Moments first, layer by layer: loss and gradient are those of the large batch."""
+    model, parts = Two(), jnp.stack([part[:4].astype(np.float64) for part in PARTS])
+    variables = model.init(jax.random.key(0), parts[0], False)
+    stats = variables["batch_stats"]
+
+    def losses(y, x):
+        return jnp.square(y - 0.1 * x).sum()
+
+    def with_moments(variables):
+        def merge(moments, x):
+            given = {**variables, "batch_moments": moments}
+            return model.apply(given, x, False, mutable=["batch_moments"])[1]["batch_moments"], None
+
+        moments = jax.lax.scan(jax.checkpoint(merge), linen.init_batch_moments(stats), parts)[0]
+        new = {layer: {name: v[name] for name in ("mean", "var")} for layer, v in moments.items()}
+        return {**variables, "batch_stats": new}
+
+    def loss(params):
+        given = {"params": params, "batch_stats": stats}
+        for _ in stats:
+            given = with_moments(given)
+        return sum(losses(model.apply(given, x, False), x) for x in parts)
+
+    def at_once(params):
+        x = jnp.concatenate(parts)
+        given = {"params": params, "batch_stats": stats}
+        return losses(model.apply(given, x, True, mutable=["batch_stats"])[0], x)
+
+    actual, expected = (
+        jax.jit(jax.value_and_grad(f))(variables["params"]) for f in (loss, at_once)
+    )
+    assert_close(actual, expected, 1e-11)
+
+
 def long_data(batches):
     """Batches that differ more from each other than their samples do."""
     means = sample((batches, 1, 4), 1, 10.0, 5.0, np.float32)

@@ -227,25 +227,48 @@ def test_a_mixture_with_the_old_statistics(run, prior):
 
 @pytest.mark.optimized
 def test_under_jit_the_passes_become_one():
-    """What the passes over one batch have in common is computed once."""
+    """What the passes over one batch have in common is computed once, also for each sample."""
     x = DATA[0]
 
-    def adapted(variables, x):
-        new = linen.recalibrate(APPLY, variables, [x], sequential=True, prior=1)
+    def adapted(variables, x, prior=1):
+        new = linen.recalibrate(APPLY, variables, [x], sequential=True, prior=prior)
         return Deep().apply(new, x), new["batch_stats"]
 
-    whole = jax.jit(adapted).lower(VARIABLES, x).compile()
-    once = jax.jit(Deep().apply).lower(VARIABLES, x).compile()
-    y, stats = whole(VARIABLES, x)
+    def by_sample(variables, x):  # of which each has a share of a quarter
+        return jax.vmap(lambda x: adapted(variables, x[None], 3))(x)
+
+    together, apart, once = (
+        jax.jit(f).lower(VARIABLES, x).compile() for f in (adapted, by_sample, Deep().apply)
+    )
+    products = [program.as_text().count(" dot(") for program in (together, apart, once)]
+    assert products == [products[2]] * 3
+    assert products[2] > 0
+
+    y, stats = together(VARIABLES, x)
     expected = linen.recalibrate(APPLY, VARIABLES, [x], sequential=True, prior=1)
     assert_close(stats, expected["batch_stats"], 1e-6)
     assert_close(y, Deep().apply(expected, x), 1e-5)
-    products = [program.as_text().count(" dot(") for program in (whole, once)]
-    assert products[0] == products[1] > 0
 
-    nothing = jax.jit(lambda v, x, m: linen.recalibrate(APPLY, v, [(x, m)]))
-    stats = nothing(VARIABLES, x, np.zeros((16, 1, 1), bool))["batch_stats"]
+    y, stats = apart(VARIABLES, x)
+    mean = 0.25 * x.astype(np.float64).mean(1)  # and 0.75 · 0
+    var = 0.25 * np.square(x.astype(np.float64)).mean(1) + 0.75 - mean**2
+    assert_close((stats["a"]["mean"], stats["a"]["var"]), (mean, var), 1e-5)
+    one = linen.recalibrate(APPLY, VARIABLES, [x[3:4]], sequential=True, prior=3)
+    assert_close(y[3], Deep().apply(one, x[3:4]), 1e-5)
+
+
+def test_what_is_not_known_under_jit_is_nan():
+    run = jax.jit(lambda v, x, m: linen.recalibrate(APPLY, v, [(x, m)])["batch_stats"])
+    stats = run(VARIABLES, DATA[0], np.zeros((16, 1, 1), bool))
     assert np.isnan(stats["a"]["mean"]).all()
+
+    @flax_nnx.jit
+    def in_place(model, batches):
+        nnx.recalibrate(model, batches, sequential=True)
+
+    model = NnxDeep()
+    in_place(model, DATA)
+    assert_close(stats_of(model), reference(DATA, sequential=True), 3e-6)
 
 
 @pytest.mark.parametrize("way", ["sharded", "explicit", "shard_map", "vmap"])
@@ -298,20 +321,25 @@ def test_data_parallelism_in_nnx(way):
 
 
 class Block(nn.Module):
+    unbiased: bool = False
+
     @nn.compact
     def __call__(self, x, train):
         x = nn.Dense(4, name="dense")(x)
-        return jnp.tanh(linen.BatchNorm1d(4, axis=-1, name="norm")(x, not train)), None
+        norm = linen.BatchNorm1d(4, axis=-1, name="norm") if self.unbiased else None
+        return jnp.tanh((norm or linen.BatchNorm(name="norm"))(x, not train)), None
 
 
-def stack(collections):
+def stack(collections, unbiased=False):
     axes = dict.fromkeys(["params", *collections], 0)
-    return nn.scan(Block, axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=3)()
+    options = {"split_rngs": {"params": True}, "in_axes": nn.broadcast, "length": 3}
+    return nn.scan(Block, axes, **options)(unbiased)
 
 
-def test_stacked_layers():
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_stacked_layers(unbiased):
     """As many passes as there are layers in the stack, and one more."""
-    model = stack(["batch_stats", "batch_moments"])
+    model = stack(["batch_stats", "batch_moments"], unbiased)
     variables = model.init(jax.random.key(0), DATA[0], False)
     seen = []
     new = linen.recalibrate(
@@ -328,12 +356,13 @@ def test_stacked_layers():
         dense = jax.tree.map(lambda v, i=i: np.float64(v[i]), variables["params"]["dense"])
         rows = rows @ dense["kernel"] + dense["bias"]
         mean, var, n = channel_moments(rows, -1)
-        var = var * n / (n - 1)
+        var = var * n / (n - 1) if unbiased else var
         assert_close((stats["mean"][i], stats["var"][i]), (mean, var), 1e-5)
         rows = np.tanh((rows - mean) / np.sqrt(var + 1e-5))
-    np.testing.assert_array_equal(stats["count"], [3, 3, 3])
+    if unbiased:
+        np.testing.assert_array_equal(stats["count"], [3, 3, 3])
 
-    model = stack(["batch_stats"])
+    model = stack(["batch_stats"], unbiased)
     message = "fewer for 'norm'.*In `nn.scan` and other lifted transforms name the collection"
     with pytest.raises(ValueError, match=message):
         linen.recalibrate(apply_of(model), variables, DATA)
