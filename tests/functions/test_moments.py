@@ -48,20 +48,19 @@ def test_nothing_has_moments_of_zero():
         jax.tree.map(lambda v: np.testing.assert_array_equal(v, np.zeros(v.shape)), moments)
 
 
-@pytest.mark.usefixtures("x64")
 def test_roundings_of_weights_do_not_add_up():
     """Thousands of merges, and sets of any sizes and variances."""
-    means = sample((2000, 1, 4), 1, 10.0, 5.0, np.float32)
-    x = means + sample((2000, 8, 4), 0, 0.0, 1.0, np.float32)
-    start = batch_moments(x[0])
+    means = sample((8000, 1, 4), 1, 10.0, 5.0, np.float32)
+    x = means + sample((8000, 8, 4), 0, 0.0, 1.0, np.float32)
 
     def merge(moments, x):
         return jaxbn.merge_moments(moments, jaxbn.batch_moments(x)), None
 
-    moments, _ = jax.jit(lambda start, x: jax.lax.scan(merge, start, x))(start, x[1:])
+    moments, _ = jax.jit(lambda start, x: jax.lax.scan(merge, start, x))(batch_moments(x[0]), x[1:])
     mean, var, _ = channel_moments(x, -1)
-    np.testing.assert_allclose(moments.mean, mean, rtol=1e-6)
-    np.testing.assert_allclose(moments.var, var, rtol=1e-6)
+    random = 2.0**-25 * np.sqrt(len(x))  # the results of merges are rounded, each on its own
+    np.testing.assert_allclose(moments.mean, mean, rtol=2 * random)
+    np.testing.assert_allclose(moments.var, var, rtol=2 * random)
 
     state = np.random.RandomState(0)
     for _ in range(50):
@@ -80,6 +79,7 @@ def test_roundings_of_weights_do_not_add_up():
         np.testing.assert_allclose(merged.var, np.full(2, var), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("x64")
 def test_derivatives():
     x, (mean, _, n) = sample((5, 2), 0), channel_moments(sample((5, 2), 0), 1)
     eye = np.eye(2)[:, None, :]

@@ -442,8 +442,9 @@ def test_long_accumulation():
 
     stats = linen.update_batch_stats(variables["batch_stats"], all_of(moments, x), momentum=1.0)
     mean, var, _ = channel_moments(x, -1)
-    np.testing.assert_allclose(stats["mean"], mean, rtol=1e-6)
-    np.testing.assert_allclose(stats["var"], var, rtol=1e-6)
+    random = 2.0**-25 * np.sqrt(len(x))  # each merge rounds its result
+    np.testing.assert_allclose(stats["mean"], mean, rtol=random)
+    np.testing.assert_allclose(stats["var"], var, rtol=random)
 
 
 def test_errors():
