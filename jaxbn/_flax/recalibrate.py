@@ -45,7 +45,8 @@ def recalibrated(
         last, new = new, _statistics(old, whole, number, average=average, prior=prior)
         if sequential and not _traced(new) and _equal(last, new):
             break
-    _check_known(new, whole)
+    if not _traced(new):
+        _check_known(new, whole, least=1 if average else 2)
     return new
 
 
@@ -97,12 +98,12 @@ def _equal(first: Layers, second: Layers) -> jax.Array:
 
 
 @jax.jit
-def _complete(new: Layers, whole: Layers) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Whether the statistics of each layer are finite, and whether all channels had values."""
+def _complete(new: Layers, whole: Layers, least: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Whether each layer's statistics are finite, and whether each channel had enough values."""
     return {
         name: (
             jnp.isfinite(v["mean"]).all() & jnp.isfinite(v["var"]).all(),
-            (whole[name]["count"] > 0).all(),
+            (whole[name]["count"] >= least).all(),
         )
         for name, v in new.items()
     }
@@ -129,12 +130,11 @@ def _check_options(batches: Any, sequential: bool, average: bool, prior: Number)
         )
 
 
-def _check_known(new: Layers, whole: Layers) -> None:
-    """Refuses statistics that the data set does not tell, unless they are traced: those are NaN."""
-    if _traced(new):
-        return
-    bad = {name: seen for name, (finite, seen) in _complete(new, whole).items() if not finite}
-    few = [name for name, seen in bad.items() if not seen]
+def _check_known(new: Layers, whole: Layers, least: int) -> None:
+    """Refuses statistics that the data set does not tell."""
+    complete = _complete(new, whole, least)
+    bad = {name: enough for name, (finite, enough) in complete.items() if not finite}
+    few = [name for name, enough in bad.items() if not enough]
     if few:
         raise ValueError(
             "Each batch norm must get at least two values per channel; got fewer for "
@@ -144,9 +144,8 @@ def _check_known(new: Layers, whole: Layers) -> None:
         )
     if bad:
         raise ValueError(
-            f"The statistics must be finite; got others for {listed(bad)}: its input has NaN or "
-            "infinity, or two values per channel are not there. skip_nonfinite=True leaves batches "
-            "with NaN or infinity out."
+            "Each batch norm must get finite values; got NaN or infinity in the input of "
+            f"{listed(bad)}. With skip_nonfinite=True a layer leaves such batches out."
         )
 
 

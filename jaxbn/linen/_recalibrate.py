@@ -5,12 +5,15 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.typing import ArrayLike
 
 from jaxbn._checks import check_momentum
+from jaxbn._flax.layer import Vectors
 from jaxbn._flax.moments import Layers, empty_moments, updated
 from jaxbn._flax.recalibrate import Callback, listed, recalibrated
+from jaxbn._moments import Moments
 from jaxbn._stats import BatchStats
 from jaxbn._types import Number
 
@@ -82,8 +85,8 @@ def update_batch_stats(
 
     Raises:
       TypeError: `momentum` is not a number.
-      ValueError: `momentum` is outside [0, 1], or None without a `count`; moments are those of
-        other layers.
+      ValueError: `momentum` is outside [0, 1], or None without a `count`; there are no moments, or
+        those of other layers.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbn.linen
@@ -103,10 +106,12 @@ def update_batch_stats(
     """
     check_momentum(momentum)
     running, moments = _layers(batch_stats), _layers(batch_moments)
-    if unknown := [name for name in moments if name not in running]:
+    unfit = [name for name, v in moments.items() if not _fits(v, running.get(name))]
+    if unfit or not moments:
         raise ValueError(
-            "`batch_moments` must be those of layers in `batch_stats`; got others for "
-            f"{listed(unknown)}."
+            "`batch_moments` must hold mean, var and count of layers in `batch_stats`, each of the "
+            f"shape of the mean there; got others for {listed(unfit or batch_moments)}. Start with "
+            "init_batch_moments(batch_stats)."
         )
     if momentum is None and not all("count" in running[name] for name in moments):
         raise ValueError(
@@ -242,6 +247,12 @@ def _layers(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Layers:
         if isinstance(node, Mapping):
             found |= _layers(node, (*path, name))
     return found
+
+
+def _fits(moments: Vectors, running: Vectors | None) -> bool:
+    if running is None or set(moments) != set(Moments._fields):
+        return False
+    return {jnp.shape(v) for v in moments.values()} == {jnp.shape(running["mean"])}
 
 
 def _nested(layers: Layers) -> dict[str, Any]:

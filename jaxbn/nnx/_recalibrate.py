@@ -203,7 +203,13 @@ def _chosen(model: nnx.Module, where: Any) -> dict[str, BatchNormLayer]:
             "The batch norms must be those of jaxbn.nnx; got layers of another library: "
             f"{listed(foreign)}. Replace them, or leave them out by `where`."
         )
-    return {name: v for name, v in chosen_layers(model, where).items() if _keeps(v)}
+    chosen = {name: v for name, v in chosen_layers(model, where).items() if _keeps(v)}
+    if not chosen:
+        raise ValueError(
+            "`where` must choose at least one batch norm that keeps running statistics; got layers "
+            "with track_running_stats=False."
+        )
+    return chosen
 
 
 def _keeps(module: Any) -> bool:

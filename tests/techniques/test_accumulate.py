@@ -452,8 +452,12 @@ def test_errors():
     moments = linen.init_batch_moments(stats)
     with pytest.raises(ValueError, match=r"`batch_stats` must have a batch norm.*got none in 'a'"):
         linen.init_batch_moments({"a": {"sigma": jnp.ones(())}})
-    with pytest.raises(ValueError, match="must be those of layers in `batch_stats`; got others fo"):
-        linen.update_batch_stats(stats, {"b": moments["a"]})
+    other = {"norm": {name: v[:3] for name, v in moments["a"]["norm"].items()}}
+    for wrong in ({"b": moments["a"]}, {"a": other}, stats, {"batch_moments": moments}, {}):
+        with pytest.raises(
+            ValueError, match="`batch_moments` must hold mean, var and count of lay"
+        ):
+            linen.update_batch_stats(stats, wrong)
     with pytest.raises(ValueError, match="`momentum` must be a number for layers that keep no"):
         linen.update_batch_stats(stats, moments, momentum=None)
     with pytest.raises(ValueError, match="`momentum` must be None or between 0 and 1"):
@@ -473,6 +477,8 @@ def test_errors():
         nnx.update_batch_stats(Model())
     with pytest.raises(ValueError, match=r"must choose at least one batch norm of jaxbn.nnx"):
         nnx.init_batch_moments(Model(), "body")
+    with pytest.raises(ValueError, match="that keeps running statistics; got layers with track_ru"):
+        nnx.init_batch_moments(nnx.BatchNorm1d(4, 1e-5, 0.1, True, False, rngs=flax_nnx.Rngs(0)))
     foreign = flax_nnx.Sequential(flax_nnx.BatchNorm(4, rngs=flax_nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"must be those of jaxbn.nnx; got layers of another lib"):
         nnx.init_batch_moments(foreign)

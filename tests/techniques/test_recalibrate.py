@@ -368,6 +368,38 @@ def test_stacked_layers(unbiased):
         linen.recalibrate(apply_of(model), variables, DATA)
 
 
+def test_stacked_layers_of_nnx():
+    """Made by `nnx.vmap` and run by `nnx.scan`: the results are those of `nn.scan`."""
+
+    class NnxBlock(flax_nnx.Module):
+        def __init__(self, rngs):
+            self.dense = flax_nnx.Linear(4, 4, rngs=rngs)
+            self.norm = nnx.BatchNorm1d(4, axis=-1, rngs=rngs)
+
+        def __call__(self, x):
+            return jnp.tanh(self.norm(self.dense(x)))
+
+    model = stack(["batch_stats", "batch_moments"], unbiased=True)
+    variables = model.init(jax.random.key(0), DATA[0], False)
+    expected = linen.recalibrate(apply_of(model), variables, DATA, sequential=True)
+
+    @flax_nnx.split_rngs(splits=3)
+    @flax_nnx.vmap
+    def blocks(rngs):
+        return NnxBlock(rngs)
+
+    @flax_nnx.scan(in_axes=(0, flax_nnx.Carry), out_axes=flax_nnx.Carry)
+    def run(block, x):
+        return block(x)
+
+    stacked = blocks(flax_nnx.Rngs(0))
+    for name, array in variables["params"]["dense"].items():
+        getattr(stacked.dense, name).set_value(array)
+    nnx.recalibrate(stacked, DATA, call=run, sequential=True)
+    actual = {name: getattr(stacked.norm, name)[...] for name in ("mean", "var", "count")}
+    assert_close(actual, dict(expected["batch_stats"]["norm"]), 1e-5)
+
+
 def test_many_batches_in_float32():
     """Sums of as many batches are merged: errors grow with the logarithm."""
     means = sample((4000, 1, 4), 1, 10.0, 5.0, np.float32)
@@ -514,7 +546,7 @@ def test_options_that_do_not_fit(run):
         run(DATA, prior=1, average=True)
     nan = DATA[0].copy()
     nan[0, 0, 0] = np.nan
-    with pytest.raises(ValueError, match="statistics must be finite; got others for 'a', 'b', 'c'"):
+    with pytest.raises(ValueError, match=r"got NaN or infinity in the input of 'a', 'b', 'c'\."):
         run([nan, DATA[1]])
 
 
