@@ -181,7 +181,6 @@ def test_the_average_of_batches_is_that_of_torch(run):
         for v in (model[0], model[2])
     ]
     if run is by_linen:
-        layers = [linen.BatchNorm1d(4, axis=-1), jnp.tanh, linen.BatchNorm1d(4, axis=-1)]
 
         class Model(nn.Module):
             @nn.compact
