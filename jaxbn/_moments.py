@@ -143,7 +143,17 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
         )
     counts = jnp.broadcast_arrays(*(moments.count for moments in sets))
     mean, var = (jnp.stack(v) for v in zip(*(moments[:2] for moments in sets), strict=True))
-    return unshifted(merged(Shifted(mean, jnp.zeros_like(mean), var, jnp.stack(counts)), added))
+    count = jnp.stack(counts)
+    stacked = Shifted(mean, jnp.zeros_like(mean), var, count)
+    return unshifted(merged(stacked, added, _of_largest(var, count)))
+
+
+def _of_largest(var: jax.Array, count: jax.Array) -> jax.Array:
+    """The variance of the largest of stacked sets, without gradient."""
+    count = count.reshape(count.shape + (1,) * (var.ndim - count.ndim))
+    largest = (count == count.max(0, keepdims=True)) & (count > 0) & jnp.isfinite(var)
+    of_largest = jnp.where(largest, var, jnp.zeros((), var.dtype)).max(0)
+    return jax.lax.stop_gradient(of_largest)
 
 
 def checked_moments(moments: Moments, name: str) -> Moments:

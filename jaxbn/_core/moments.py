@@ -186,13 +186,16 @@ def _about_zero(
     return moments
 
 
-def merged(sets: Shifted, totals: Callable[..., Sequence[jax.Array]]) -> Shifted:
+def merged(
+    sets: Shifted, totals: Callable[..., Sequence[jax.Array]], about: jax.Array | None = None
+) -> Shifted:
     """Moments of the union of sets; `totals` adds up arrays over the sets.
 
         shift' ≈ Σ w·(shift + delta)    delta' = Σ w·d    var' = Σ w·(var + d²) − delta'²
 
     with `w = count / Σ count` and `d = (shift − shift') + delta`. Nothing cancels: `delta'` is what
-    rounding left of the mean.
+    rounding left of the mean. Variances may be summed `about` that of a large set: the rounding of
+    its weight, which is shared by all channels and adds up over many merges, then has no effect.
     """
     shift, delta, var, count = sets
     weight = count.reshape(count.shape + (1,) * (shift.ndim - count.ndim))
@@ -202,8 +205,10 @@ def merged(sets: Shifted, totals: Callable[..., Sequence[jax.Array]]) -> Shifted
     # An empty set has no say, not even as 0 · ∞.
     distance = jnp.where(weight > 0, (shift - _of_rank(shift.ndim, joint)) + delta, 0)
     weight = weight / _of_rank(weight.ndim, divisor)
+    var = var if about is None else var - _of_rank(var.ndim, about)
     joint_delta, mean_square = totals(weight * distance, weight * (var + jnp.square(distance)))
     joint_var = mean_square - jnp.square(joint_delta)
+    joint_var = joint_var if about is None else about + joint_var
     # Rounding may leave a variance of zero just below it; the derivative stays that of the formula.
     joint_var = joint_var + jax.lax.stop_gradient(jnp.maximum(-joint_var, 0))
     return Shifted(joint, joint_delta, joint_var, joint_count)

@@ -258,7 +258,7 @@ def _layer(
         raise NotImplementedError("`batch_moments` are of one set of statistics, not of domains.")
     if kept.moments and train is True:
         del real_only["update_stats"], real_only["domain"]
-        stats = _batch_stats(kept.running)
+        stats = batch_stats_of(kept.running)
         fused |= devices | real_only
         y, moments = batch_normalize(x, scale, bias, stats=stats, **fixed, **fused)
         return y, kept._replace(moments=_with(kept.moments, moments, layer))
@@ -266,7 +266,7 @@ def _layer(
         real_only["update_stats"] = False
     y, stats = whole(
         x,
-        _batch_stats(kept.running),
+        batch_stats_of(kept.running),
         scale,
         bias,
         train=train,
@@ -314,7 +314,7 @@ def _check_real_only(options: dict[str, Any]) -> None:
         )
 
 
-def _batch_stats(running: Vectors) -> BatchStats | None:
+def batch_stats_of(running: Vectors) -> BatchStats | None:
     if not running:
         return None
     values = {name: jnp.asarray(value) for name, value in running.items()}

@@ -5,6 +5,9 @@
 """
 
 from jaxbn.linen._flax import BatchNorm as BatchNorm
+from jaxbn.linen._recalibrate import init_batch_moments as init_batch_moments
+from jaxbn.linen._recalibrate import recalibrate as recalibrate
+from jaxbn.linen._recalibrate import update_batch_stats as update_batch_stats
 from jaxbn.linen._torch import BatchNorm1d as BatchNorm1d
 from jaxbn.linen._torch import BatchNorm2d as BatchNorm2d
 from jaxbn.linen._torch import BatchNorm3d as BatchNorm3d

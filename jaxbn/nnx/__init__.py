@@ -7,6 +7,9 @@
 from jaxbn.nnx._flax import BatchNorm as BatchNorm
 from jaxbn.nnx._freeze import freeze as freeze
 from jaxbn.nnx._freeze import unfreeze as unfreeze
+from jaxbn.nnx._recalibrate import init_batch_moments as init_batch_moments
+from jaxbn.nnx._recalibrate import recalibrate as recalibrate
+from jaxbn.nnx._recalibrate import update_batch_stats as update_batch_stats
 from jaxbn.nnx._torch import BatchNorm1d as BatchNorm1d
 from jaxbn.nnx._torch import BatchNorm2d as BatchNorm2d
 from jaxbn.nnx._torch import BatchNorm3d as BatchNorm3d

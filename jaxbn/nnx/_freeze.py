@@ -1,11 +1,10 @@
 """Batch norms of a model that stay as they are, whatever mode the model is in."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from flax import nnx
 
-from jaxbn.nnx._variables import BatchNormLayer
+from jaxbn.nnx._variables import chosen_layers
 
 
 def freeze(model: nnx.Module, where: Any = ..., *, affine: bool = True) -> None:
@@ -39,7 +38,7 @@ def freeze(model: nnx.Module, where: Any = ..., *, affine: bool = True) -> None:
     References:
       `torchvision.ops.FrozenBatchNorm2d`.
     """
-    for layer in _chosen(model, where):
+    for layer in chosen_layers(model, where).values():
         layer.frozen = True
         layer.train_affine = not affine
 
@@ -62,23 +61,6 @@ def unfreeze(model: nnx.Module, where: Any = ...) -> None:
       >>> layer.frozen, layer.train_affine
       (False, True)
     """
-    for layer in _chosen(model, where):
+    for layer in chosen_layers(model, where).values():
         layer.frozen = False
         layer.train_affine = True
-
-
-def _chosen(model: nnx.Module, where: Any) -> Iterator[BatchNormLayer]:
-    chooses = nnx.filterlib.to_predicate(where)
-    layers = [
-        (path, module)
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, BatchNormLayer)
-    ]
-    chosen = [layer for path, layer in layers if chooses(path, layer)]
-    if not chosen:
-        paths = ", ".join("/".join(map(str, path)) or "the model itself" for path, _ in layers)
-        raise ValueError(
-            "`where` must choose at least one batch norm of jaxbn.nnx; got "
-            f"{where!r} for a model with {paths or 'none'}."
-        )
-    yield from chosen

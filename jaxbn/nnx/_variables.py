@@ -9,7 +9,7 @@ from flax.errors import TraceContextError
 from flax.typing import Dtype, Initializer
 
 from jaxbn._activation import Activation, is_own
-from jaxbn._flax.layer import EFFECTS, Kept, collects, modes
+from jaxbn._flax.layer import EFFECTS, Kept, Vectors, collects, modes
 from jaxbn._moments import Moments
 from jaxbn._types import Flag
 
@@ -106,7 +106,7 @@ class BatchNormLayer(nnx.Module):
         running = {name: value(v) for name, v in variables.items() if v is not None}
         if self.moments is None or not collects(self):
             return Kept(running, {})
-        return Kept(running, self.moments.get_value()._asdict())
+        return Kept(running, moments_in(self))
 
     def _store(self, new: Kept, updated: bool) -> None:
         """Stores the moments, if there are any; else the running statistics, if `updated`."""
@@ -115,3 +115,27 @@ class BatchNormLayer(nnx.Module):
         elif updated:
             for name, array in new.running.items():
                 getattr(self, name).set_value(array)
+
+
+def moments_in(layer: Any) -> Vectors:
+    """The moments that a layer has, by name."""
+    moments: Moments = layer.moments.get_value()
+    return moments._asdict()
+
+
+def chosen_layers(model: nnx.Module, where: Any) -> dict[str, BatchNormLayer]:
+    """The batch norms that a filter chooses, by path."""
+    chooses = nnx.filterlib.to_predicate(where)
+    layers = [
+        (path, module)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, BatchNormLayer)
+    ]
+    chosen = {"/".join(map(str, path)): layer for path, layer in layers if chooses(path, layer)}
+    if not chosen:
+        paths = ", ".join("/".join(map(str, path)) or "the model itself" for path, _ in layers)
+        raise ValueError(
+            "`where` must choose at least one batch norm of jaxbn.nnx; got "
+            f"{where!r} for a model with {paths or 'none'}."
+        )
+    return chosen

@@ -60,6 +60,7 @@ RESULTS = {
 @pytest.mark.parametrize("snippet", [*snippets()])
 def test_snippet(snippet, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.chdir(ROOT)
     for name in imported(snippet):
         if name in OPTIONAL:
             pytest.importorskip(name, reason=f"{name} is not installed")

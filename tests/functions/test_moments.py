@@ -48,6 +48,37 @@ def test_nothing_has_moments_of_zero():
         jax.tree.map(lambda v: np.testing.assert_array_equal(v, np.zeros(v.shape)), moments)
 
 
+def test_roundings_of_weights_do_not_add_up():
+    """Thousands of merges, and sets of any sizes and variances."""
+    means = sample((8000, 1, 4), 1, 10.0, 5.0, np.float32)
+    x = means + sample((8000, 8, 4), 0, 0.0, 1.0, np.float32)
+
+    def merge(moments, x):
+        return jaxbn.merge_moments(moments, jaxbn.batch_moments(x)), None
+
+    moments, _ = jax.jit(lambda start, x: jax.lax.scan(merge, start, x))(batch_moments(x[0]), x[1:])
+    mean, var, _ = channel_moments(x, -1)
+    random = 2.0**-25 * np.sqrt(len(x))  # the results of merges are rounded, each on its own
+    np.testing.assert_allclose(moments.mean, mean, rtol=2 * random)
+    np.testing.assert_allclose(moments.var, var, rtol=2 * random)
+
+    state = np.random.RandomState(0)
+    for _ in range(50):
+        counts = 10.0 ** state.randint(0, 6, 3)
+        means, variances = 10.0 ** state.randint(-3, 4, 3), 10.0 ** state.randint(-6, 7, 3)
+        sets = [
+            jaxbn.Moments(*(np.full(2, v, np.float32) for v in one))
+            for one in zip(means, variances, counts, strict=True)
+        ]
+        kept = [np.float64([getattr(one, name)[0] for one in sets]) for name in sets[0]._fields]
+        weights = kept[2] / kept[2].sum()
+        mean = weights @ kept[0]
+        var = weights @ (kept[1] + (kept[0] - mean) ** 2)
+        merged = merge_moments(*sets)
+        np.testing.assert_allclose(merged.mean, np.full(2, mean), rtol=1e-6)
+        np.testing.assert_allclose(merged.var, np.full(2, var), rtol=1e-6)
+
+
 @pytest.mark.usefixtures("x64")
 def test_derivatives():
     x, (mean, _, n) = sample((5, 2), 0), channel_moments(sample((5, 2), 0), 1)

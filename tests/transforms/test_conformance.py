@@ -188,6 +188,48 @@ def nnx_layer(create, shape, axis):
     return Row(step, state, shape, axis, uses_train=True)
 
 
+def accumulated(create, momentum):
+    """A layer that merges two micro-batches into moments, and updates once."""
+
+    def step(state, x, scale, bias, train=True, axis_name=None):
+        layer = create(axis_name=axis_name, param_dtype=x.dtype)
+        given = {"params": {"scale": scale, "bias": bias}, "batch_stats": state}
+        moments, ys = linen.init_batch_moments(state), []
+        for part in (x[:, :1], x[:, 1:]):
+            variables = {**given, "batch_moments": moments}
+            y, updates = layer.apply(variables, part, False, mutable=["batch_moments"])
+            moments, ys = updates["batch_moments"], [*ys, y]
+        state = linen.update_batch_stats(state, moments, momentum=momentum)
+        return state, {"y": jnp.concatenate(ys, 1)}
+
+    return Row(step, create().init(jax.random.key(0), jnp.zeros((8, 3, 4)), True)["batch_stats"])
+
+
+def nnx_accumulated(create):
+    def step(state, x, scale, bias, train=True, axis_name=None):
+        layer = create(axis_name=axis_name, param_dtype=x.dtype, rngs=flax_nnx.Rngs(0))
+        for name, value in (state | {"scale": scale, "bias": bias}).items():
+            getattr(layer, name).set_value(value)
+        nnx.init_batch_moments(layer)
+        y = jnp.concatenate([layer(x[:, :1]), layer(x[:, 1:])], 1)
+        nnx.update_batch_stats(layer)
+        return {name: getattr(layer, name)[...] for name in state}, {"y": y}
+
+    return Row(step, STATS._asdict())
+
+
+def recalibrated(state, x, scale, bias, train=True, axis_name=None):
+    layer = linen.BatchNorm(axis_name=axis_name, param_dtype=x.dtype)
+    variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": state}
+
+    def apply(variables, batch, train, mutable):
+        return layer.apply(variables, batch, not train, mutable=mutable)
+
+    batches = [x[:, :1], x[:, 1:]]
+    new = linen.recalibrate(apply, variables, batches, sequential=True, prior=0.5)
+    return new["batch_stats"], {"y": layer.apply(variables, x, True)}
+
+
 # Rows that are alike have one shape, so that JAX differentiates what they share once.
 IMAGES = (8, 2, 2, 4)
 STATS = jaxbn.BatchStats(jnp.full(4, 2.0), jnp.full(4, 3.0), jnp.int32(2))
@@ -215,6 +257,11 @@ ROWS = {
     "BatchNorm3d": layer(linen.BatchNorm3d(3), (8, 3, 2, 2, 2), 1),
     "nnx.BatchNorm": nnx_layer(functools.partial(nnx.BatchNorm, 4, momentum=0.9), IMAGES, -1),
     "nnx.BatchNorm2d": nnx_layer(functools.partial(nnx.BatchNorm2d, 4, axis=-1), IMAGES, -1),
+    "linen.update_batch_stats": accumulated(
+        functools.partial(linen.BatchNorm1d, 4, axis=-1, activation="silu"), 0.1
+    ),
+    "nnx.update_batch_stats": nnx_accumulated(functools.partial(nnx.BatchNorm1d, 4, axis=-1)),
+    "linen.recalibrate": Row(recalibrated, {"mean": STATS.mean, "var": STATS.var}),
 }
 
 
