@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._activation import Activation
+from jaxbn._activation import Activation, check_keep_output
 from jaxbn._checks import check_bool, check_momentum
 from jaxbn._core.devices import AxisIndexGroups, AxisName, spread
 from jaxbn._moments import Moments, batch_moments
@@ -40,6 +40,7 @@ def batch_norm(
     activation: str | Activation | None = None,
     residual: ArrayLike | None = None,
     skip_nonfinite: Flag = False,
+    keep_output: bool = False,
 ) -> tuple[jax.Array, Stats]:
     """Batch norm in training or in inference mode, with its running statistics.
 
@@ -82,6 +83,8 @@ def batch_norm(
       residual: added before the activation; in the shape of `x` and the dtype of `y`.
       skip_nonfinite: keep the statistics of a channel if the batch has NaN or infinity in it; a
         bool, traced or not.
+      keep_output: whether training keeps `y` for the backward pass in place of `x`; see
+        `batch_normalize`.
 
     Returns:
       `(y, stats)`: `y` in the shape of `x`; the new statistics, without gradient, or None
@@ -114,6 +117,7 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
     check_momentum(momentum)
     check_bool(train, "train")
     check_bool(skip_nonfinite, "skip_nonfinite")
+    check_keep_output(keep_output, activation, residual)
     if update_stats is not None:
         check_bool(update_stats, "update_stats")
     if stats is not None:
@@ -128,8 +132,12 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
     }
 
     devices: dict[str, Any] = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    of_training: dict[str, Any] = {
+        "virtual_batch_size": virtual_batch_size,
+        "keep_output": keep_output,
+    }
     by_batch = functools.partial(
-        batch_normalize, x, scale, bias, virtual_batch_size=virtual_batch_size, **devices, **options
+        batch_normalize, x, scale, bias, **of_training, **devices, **options
     )
     if stats is None:
         return by_batch()[0], None

@@ -204,24 +204,27 @@ def _layer(
         "axis_name": layer.axis_name,
         "axis_index_groups": layer.axis_index_groups,
     }
-    real_only: dict[str, Any] = {
+    of_training: dict[str, Any] = {
         "virtual_batch_size": layer.virtual_batch_size,
-        "update_stats": None if update is train or initializing else update,
+        "keep_output": layer.keep_output,
+    }
+    real_only: dict[str, Any] = {
+        "update_stats": None if update is train or initializing else update
     }
     if not layer.train_affine:
         scale, bias = jax.lax.stop_gradient((scale, bias))
     of_batch, normalized, whole = REAL
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        _check_real_only(fused | real_only | {"batch_moments": kept.moments or None})
-        x, fused, real_only = x.astype(dtype), {}, {}
+        given = {"keep_output": layer.keep_output or None, "batch_moments": kept.moments or None}
+        _check_real_only(fused | of_training | real_only | given)
+        x, fused, of_training, real_only = x.astype(dtype), {}, {}, {}
         of_batch, normalized, whole = COMPLEX
     if initializing and (train is not False or not kept.running):
         # Neither counts as a batch nor asks for more than one value per channel, nor for devices.
         moments = of_batch(x, axis=axis, mask=mask)
         return normalized(x, moments.mean, moments.var, scale, bias, **fixed, **fused), kept
     if kept.moments and train is True:
-        groups = {"virtual_batch_size": layer.virtual_batch_size}
-        y, moments = batch_normalize(x, scale, bias, **groups, **devices, **fixed, **fused)
+        y, moments = batch_normalize(x, scale, bias, **of_training, **devices, **fixed, **fused)
         return y, kept._replace(moments=_with(kept.moments, moments, layer))
     if kept.moments:
         real_only["update_stats"] = False
@@ -237,6 +240,7 @@ def _layer(
         **devices,
         **fixed,
         **fused,
+        **of_training,
         **real_only,
     )
     if kept.moments:

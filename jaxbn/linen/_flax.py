@@ -74,6 +74,8 @@ class BatchNorm(nn.Module):
       update_stats: whether a batch goes into the running statistics; None for training mode alone.
       train_affine: False stops the gradients of `scale` and `bias`.
       frozen: whether to normalize by the running statistics and leave them, in every mode.
+      keep_output: whether training keeps the output for the backward pass in place of the input,
+        for the activations None and "leaky_relu"; see `jaxbn.batch_normalize`.
 
     Raises:
       TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
@@ -117,6 +119,7 @@ class BatchNorm(nn.Module):
     update_stats: Flag | None = None
     train_affine: bool = True
     frozen: bool = False
+    keep_output: bool = False
 
     @nn.compact
     def __call__(

@@ -48,6 +48,7 @@ class _TorchBatchNorm(nn.Module):
     update_stats: Flag | None = None
     train_affine: bool = True
     frozen: bool = False
+    keep_output: bool = False
 
     layouts: ClassVar[tuple[str, ...]] = ()  # without the C, whose place is `axis`
 
@@ -144,6 +145,8 @@ class BatchNorm1d(_TorchBatchNorm):
       update_stats: whether a batch goes into the running statistics; None for training mode alone.
       train_affine: False stops the gradients of `scale` and `bias`.
       frozen: whether to normalize by the running statistics and leave them, in every mode.
+      keep_output: whether training keeps the output for the backward pass in place of the input,
+        for the activations None and "leaky_relu"; see `jaxbn.batch_normalize`.
 
     Raises:
       TypeError: the input is not real floating point.

@@ -68,6 +68,8 @@ class BatchNorm(BatchNormLayer):
       update_stats: whether a batch goes into the running statistics; None for training mode alone.
       train_affine: False stops the gradients of `scale` and `bias`.
       frozen: whether to normalize by the running statistics and leave them, in every mode.
+      keep_output: whether training keeps the output for the backward pass in place of the input,
+        for the activations None and "leaky_relu"; see `jaxbn.batch_normalize`.
 
     Raises:
       TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
@@ -119,6 +121,7 @@ class BatchNorm(BatchNormLayer):
         update_stats: Flag | None = None,
         train_affine: bool = True,
         frozen: bool = False,
+        keep_output: bool = False,
     ) -> None:
         stats = init_batch_stats(num_features)
         self.mean = nnx.BatchStat(stats.mean)
@@ -145,6 +148,7 @@ class BatchNorm(BatchNormLayer):
         self.update_stats = update_stats
         self.train_affine = train_affine
         self.frozen = frozen
+        self.keep_output = keep_output
         self.moments = nnx.data(None)
 
     def __call__(

@@ -45,6 +45,7 @@ class _TorchBatchNorm(BatchNormLayer):
         update_stats: Flag | None = None,
         train_affine: bool = True,
         frozen: bool = False,
+        keep_output: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         self.scale = parameter(affine, scale_init, num_features, param_dtype, rngs, {})
@@ -70,6 +71,7 @@ class _TorchBatchNorm(BatchNormLayer):
         self.update_stats = update_stats
         self.train_affine = train_affine
         self.frozen = frozen
+        self.keep_output = keep_output
         self.moments = nnx.data(None)
 
     def __call__(
@@ -153,6 +155,8 @@ class BatchNorm1d(_TorchBatchNorm):
       update_stats: whether a batch goes into the running statistics; None for training mode alone.
       train_affine: False stops the gradients of `scale` and `bias`.
       frozen: whether to normalize by the running statistics and leave them, in every mode.
+      keep_output: whether training keeps the output for the backward pass in place of the input,
+        for the activations None and "leaky_relu"; see `jaxbn.batch_normalize`.
       rngs: random numbers for the initializers.
 
     Raises:
