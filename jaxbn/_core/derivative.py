@@ -107,7 +107,7 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
     # A second difference: XLA's CPU compiler would write out one that `dx` uses too.
     same = moments._replace(shift=apart(shift, "cpu"))
     deviation = _deviation(operands, (y, same, rstd), form)
-    obstructed = mask is not None or form.grouped
+    obstructed = mask is not None or form.grouped or form.keep_output
     p, q = (expand_tangent(v, like, form.axis, obstructed) for v in (p, q * unit))
     terms = p + jnp.zeros_like(dx), deviation * q, expand(k, like, form.axis) * dx
     if form.activation in PIECEWISE_LINEAR and directions.residual is None:
@@ -153,7 +153,9 @@ def _term_by_term(
     y, moments, rstd = outputs
     for term in terms:
         if form.keep_output:
-            z = y = apart(y, "cuda", "rocm")
+            # The sign of zero, too: an output that is tiny may be rounded to it.
+            y = apart(y, "cuda", "rocm")
+            z = jnp.copysign(jnp.ones_like(y), y)
         else:
             z = _preactivation(operands, moments, rstd, form).astype(form.dtype)
             rstd = apart(rstd, "cuda", "rocm")

@@ -106,6 +106,12 @@ def batch_normed(state, x, scale, bias, train=True, axis_name=None):
     return state, {"y": y}
 
 
+def output_kept(state, x, scale, bias, train=True, axis_name=None):
+    options = {"mask": x > 1.5, "activation": "leaky_relu", "keep_output": True}
+    y, state = jaxbn.batch_norm(x, state, scale, bias, train=train, axis_name=axis_name, **options)
+    return state, {"y": y}
+
+
 def folded(state, x, scale, bias, train=True, axis_name=None):
     """Into a kernel that is the input."""
     fold = jaxbn.fold_into_dense
@@ -183,6 +189,7 @@ ROWS = {
     "BatchNorm3d": layer(linen.BatchNorm3d(3), (8, 3, 2, 2, 2), 1),
     "nnx.BatchNorm": nnx_layer(functools.partial(nnx.BatchNorm, 4, momentum=0.9), IMAGES, -1),
     "nnx.BatchNorm2d": nnx_layer(functools.partial(nnx.BatchNorm2d, 4, axis=-1), IMAGES, -1),
+    "batch_norm, keep_output": Row(output_kept, STATS, IMAGES, uses_train=True),
 }
 
 
