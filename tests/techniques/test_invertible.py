@@ -62,21 +62,27 @@ def test_gradients_against_the_definition(name, activation):
         assert error(actual, other) <= 1e-12
 
 
-# The unit of rounding, and half the distance of the smallest numbers.
-ROUNDING = {"float32": (2.0**-24, 0.0), "bfloat16": (2.0**-8, 0.0), "float16": (2.0**-11, 2.0**-25)}
+# The unit of rounding, that of what is kept, and half the distance of the smallest numbers.
+ROUNDING = {
+    "float64": (2.0**-53, 2.0**-52, 0.0),
+    "float32": (2.0**-24, 2.0**-23, 0.0),
+    "bfloat16": (2.0**-8, 2.0**-8, 0.0),
+    "float16": (2.0**-11, 2.0**-11, 2.0**-25),
+}
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_the_error_is_bounded_at_small_scales(dtype, activation):
     """x̂ is off by the rounding of `y`, over the scale; the gradients follow from it."""
+    wide = "float64" if dtype == "float64" else "float32"
     scale, bias = (
-        v.ravel().astype(np.float32)
-        for v in np.meshgrid([1, -1, 0.1, 1e-2, 1e-3, 1e-4], [0, 0.3, -1, 2])
+        v.ravel().astype(wide) for v in np.meshgrid([1, -1, 0.1, 1e-2, 1e-3, 1e-4], [0, 0.3, -1, 2])
     )
     shape = (16, 20, 24)
-    x, dy = (np.asarray(jnp.asarray(sample(shape, i, 0.3), dtype)) for i in (0, 1))
-    _, _, gradients = step(True, activation, "plain", x, scale, bias, dy)
+    x, dy = (sample(shape, i, 0.3).astype(jnp.dtype(dtype)) for i in (0, 1))
+    with jax.enable_x64(dtype == "float64"):
+        _, _, gradients = step(True, activation, "plain", x, scale, bias, dy)
 
     x, dy, dx, dscale, dbias = (np.asarray(v).astype(np.float64) for v in (x, dy, *gradients))
     rstd = 1 / np.sqrt(x.var((0, 1)) + EPSILON)
@@ -84,11 +90,11 @@ def test_the_error_is_bounded_at_small_scales(dtype, activation):
     dz = dy * slope(activation, normalized * scale + bias)
     mean, product = dz.mean((0, 1)), (dz * normalized).mean((0, 1))
 
-    unit, smallest = ROUNDING[dtype]
-    off = max(unit, 2.0**-23) * (np.abs(normalized) + np.abs(bias / scale))
+    unit, unit_kept, smallest = ROUNDING[dtype]
+    off = unit_kept * (np.abs(normalized) + np.abs(bias / scale))
     off = off + smallest / 0.01 / np.abs(scale)
     off_product = (np.abs(dz) * off).mean((0, 1))
-    plain = (np.abs(dz) * (1 + np.abs(normalized))).mean((0, 1)) * tolerance(np.float32, 320)
+    plain = (np.abs(dz) * (1 + np.abs(normalized))).mean((0, 1)) * tolerance(wide, 320)
     limit = off_product + plain
     assert (np.abs(dscale / 320 - product) <= limit).all()
     assert (np.abs(dbias / 320 - mean) <= plain).all()
@@ -140,7 +146,7 @@ def test_derivatives_of_higher_order(activation):
     assert_close(derivatives(True, *arguments), derivatives(False, *arguments), 1e-9)
 
 
-def network(keep_output, norm_first=True):
+def network(keep_output):
     """Layers under `lax.scan`: batch norm, leaky ReLU, and a product that keeps its input."""
 
     def body(x, layer):
