@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxbn._checks import check_known_bool
 from jaxbn._core.moments import where_valid
 
 Activation = Callable[..., jax.Array]
@@ -19,6 +20,17 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 # Linear on either side of zero: the sign of the output tells the derivative.
 PIECEWISE_LINEAR = (jax.nn.relu, jax.nn.leaky_relu)
+
+
+def _inverse_leaky_relu(y: jax.Array) -> jax.Array:
+    """`y`, or `y / 0.01` where it is negative. A CPU would write a selection out."""
+    return y - jax.nn.relu(-y) * (1 / 0.01 - 1)
+
+
+INVERSES: dict[Activation | None, Activation] = {
+    None: lambda y: y,
+    jax.nn.leaky_relu: _inverse_leaky_relu,
+}
 
 
 def is_own(activation: object) -> bool:
@@ -48,6 +60,31 @@ def checked_activation(
     function, constants = jax.closure_convert(lambda z: activation(z), example)
     _check_output(jax.eval_shape(function, example, *constants), example)
     return function, tuple(constants)
+
+
+def check_keep_output(
+    keep_output: object, activation: object, residual: object, *, by_sample: bool
+) -> None:
+    """Whether the output may be kept in place of the input, which is computed from it."""
+    check_known_bool(keep_output, "keep_output")
+    if not keep_output:
+        return
+    function = ACTIVATIONS.get(activation) if isinstance(activation, str) else activation
+    if not any(function is known for known in INVERSES):
+        raise ValueError(
+            "`keep_output` takes an activation that has an inverse, None or 'leaky_relu'; "
+            f"got {activation!r}. Choose one of these, or keep the input."
+        )
+    if residual is not None:
+        raise ValueError(
+            "`keep_output` takes no `residual`, which would have to be kept beside the output. "
+            "Add it to the output, or keep the input."
+        )
+    if by_sample:
+        raise ValueError(
+            "`keep_output` takes a `scale` and a `bias` of shape [C]; got [N, C], of each sample. "
+            "Keep the input."
+        )
 
 
 def after(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._activation import Activation
+from jaxbn._activation import Activation, check_keep_output
 from jaxbn._checks import check_bool, check_momentum
 from jaxbn._core.devices import AxisIndexGroups, AxisName, spread
 from jaxbn._domains import by_domain
@@ -44,6 +44,7 @@ def batch_norm(
     skip_nonfinite: Flag = False,
     renorm: Renorm | None = None,
     domain: ArrayLike | None = None,
+    keep_output: bool = False,
 ) -> tuple[jax.Array, Stats]:
     """Batch norm in training or in inference mode, with its running statistics.
 
@@ -93,6 +94,8 @@ def batch_norm(
         `bias` are shared, `[C]`, or of shape `[k, C]`. Samples of a domain are normalized among
         themselves, and a domain without samples keeps its count. Where there is no such domain, y
         is NaN.
+      keep_output: whether training keeps `y` for the backward pass in place of `x`; see
+        `batch_normalize`.
 
     Returns:
       `(y, stats)`: `y` in the shape of `x`; the new statistics, without gradient, or None
@@ -125,12 +128,14 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
     check_momentum(momentum)
     check_bool(train, "train")
     check_bool(skip_nonfinite, "skip_nonfinite")
+    check_keep_output(keep_output, activation, residual)
     if update_stats is not None:
         check_bool(update_stats, "update_stats")
     devices: dict[str, Any] = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
     options: dict[str, Any] = {"axis": axis, "epsilon": epsilon, "dtype": dtype, "mask": mask}
     options |= {"activation": activation, "residual": residual}
     of_batch: dict[str, Any] = {"virtual_batch_size": virtual_batch_size, "renorm": renorm}
+    of_batch |= {"keep_output": keep_output}
     of_update: dict[str, Any] = {"momentum": momentum, "unbiased": unbiased}
     of_update |= {"skip_nonfinite": skip_nonfinite}
     if domain is not None:

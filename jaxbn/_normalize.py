@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._activation import Activation, after, checked_activation, is_own
+from jaxbn._activation import Activation, after, check_keep_output, checked_activation, is_own
 from jaxbn._checks import (
     check_values_per_channel,
     checked_dtype,
@@ -131,6 +131,7 @@ def batch_normalize(
     residual: ArrayLike | None = None,
     renorm: Renorm | None = None,
     stats: BatchStats | None = None,
+    keep_output: bool = False,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes `x` by its own mean and biased variance: batch norm in training mode.
 
@@ -160,6 +161,10 @@ def batch_normalize(
       residual: added before the activation; in the shape of `x` and the dtype of `y`.
       renorm: corrects the batch towards the running statistics: batch renormalization.
       stats: the running statistics, for `renorm` alone.
+      keep_output: whether `y` is kept for the backward pass in place of `x`, which is computed from
+        it. The next layer often keeps `y` anyway. For the activations None and "leaky_relu",
+        without a residual. Values are the same. Gradients see an x̂ whose error is the rounding of
+        `y` times `|x̂| + |bias/scale|`; those of a channel whose scale is 0 are NaN.
 
     Returns:
       `(y, moments)`: `y` in the shape of `x`, computed in at least float32 and rounded
@@ -169,7 +174,8 @@ def batch_normalize(
     Raises:
       TypeError: as `normalize`.
       ValueError: there is one value per channel, `epsilon` is not positive, the groups do not
-        divide the samples or the indices, or as `normalize`.
+        divide the samples or the indices, `keep_output` is given with another activation or a
+        residual, or as `normalize`.
       NameError: `axis_name` is not bound.
       NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`, or `axis_name` is
         one inside of `jax.shard_map` with `check_vma=True`.
@@ -186,13 +192,16 @@ def batch_normalize(
     References:
       Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167;
       `torch.nn.functional.batch_norm` with `training=True`; for groups, Hoffer, Hubara and Soudry,
-      "Train longer, generalize better", 2017, https://arxiv.org/abs/1705.08741.
+      "Train longer, generalize better", 2017, https://arxiv.org/abs/1705.08741; for
+      `keep_output`, Rota Bulò, Porzi and Kontschieder, "In-Place Activated BatchNorm", 2018,
+      https://arxiv.org/abs/1712.02616.
     """
     x, axis = checked_input(x, axis)
     dtype = checked_dtype(dtype, x)
     wide = statistics_dtype(x.dtype, dtype)
     epsilon = checked_epsilon(epsilon, wide, train=True)
     form = Form(axis, epsilon, dtype, checked_devices(axis_name, axis_index_groups))
+    check_keep_output(keep_output, activation, residual, by_sample=is_conditional(scale, bias))
     x, mask = checked_mask(mask, x, axis)
     residual = checked_residual(residual, x, dtype)
     if is_conditional(scale, bias):
@@ -202,7 +211,9 @@ def batch_normalize(
     # A function of the user's own sees the whole batch, not a group of it.
     whole = groups > 1 and is_own(activation)
     towards = limits(renorm, stats, x, axis, epsilon, wide)
-    form = form._replace(grouped=groups > 1, dtype=wide if whole else dtype)
+    form = form._replace(
+        grouped=groups > 1, dtype=wide if whole else dtype, keep_output=bool(keep_output)
+    )
 
     def by_batch(
         x: jax.Array, mask: jax.Array | None, residual: jax.Array | None

@@ -122,7 +122,8 @@ def expand_tangent(vector: jax.Array, like: Any, axis: int, obstructed: bool) ->
 def sums_in_pieces(x: Any, axis: int, obstructed: bool) -> bool:
     """Whether a CPU sums what is computed from a batch of this type faster in pieces.
 
-    Obstructed are sums that a mask, or `jax.vmap` over groups, keeps from XLA's fast loop.
+    Obstructed are sums that a mask, `jax.vmap` over groups, or an input that is computed from the
+    output keeps from XLA's fast loop.
     """
     return (obstructed or x.dtype.itemsize <= 2) and _pieces(x, axis) > 1
 

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxbn._activation import PIECEWISE_LINEAR, Activation
 from jaxbn._core.axes import expand
 from jaxbn._core.compilers import apart, expand_tangent, written_out
-from jaxbn._core.forward import Form, Operands, activated, applied, coefficients, seen
+from jaxbn._core.forward import Form, Operands, activated, applied, coefficients, inverted, seen
 from jaxbn._core.moments import Shifted, centered, means, shifted_moments, where_valid
 from jaxbn._core.renorm import corrected, correction
 
@@ -52,7 +52,7 @@ def _normalize_by_batch_jvp(
 ) -> tuple[Outputs, Outputs]:
     (operands,), (directions,) = primals, tangents
     _, moments, rstd = normalize_by_batch(operands, form._replace(differentiated=True))
-    # The backward pass keeps the arguments alone, and what is named `OUTPUT`.
+    # The backward pass keeps of the arguments what it reads, and what is named `OUTPUT`.
     policy = jax.checkpoint_policies.save_only_these_names(OUTPUT)
     with_tangent = jax.checkpoint(
         functools.partial(_with_tangent, form=form), prevent_cse=False, policy=policy
@@ -69,7 +69,8 @@ def _with_tangent(
     """The output and its tangent, from named arrays: a policy that keeps them needs no reductions.
 
     With a residual, the sign of the output tells the derivative of some activations. The next layer
-    keeps the output anyway, so it is kept here instead of the residual.
+    keeps the output anyway, so it is kept here instead of the residual; with `keep_output`, instead
+    of the input.
     """
     operands = operands._replace(x=checkpoint_name(operands.x, INPUT))
     moments = moments._replace(
@@ -78,7 +79,8 @@ def _with_tangent(
     rstd = checkpoint_name(rstd, RSTD)
     operands, directions = _renormalized(moments, rstd, operands, directions)
     y = activated(_preactivation(operands, moments, rstd, form), operands, form)
-    if operands.residual is not None and form.activation in PIECEWISE_LINEAR:
+    by_sign = operands.residual is not None and form.activation in PIECEWISE_LINEAR
+    if form.keep_output or by_sign:
         y = checkpoint_name(y, OUTPUT)
     outputs = y, moments, rstd
     return outputs, _tangent(directions, operands, outputs, form)
@@ -98,27 +100,29 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
     x̂ is off by its rounding, alike wherever x is alike, and such errors add up. No power of rstd
     above the first is formed except in drstd, which is made of it: the others would underflow.
     """
+    y, moments, rstd = outputs
     x, mask, scale, *_ = operands
-    _, moments, rstd = outputs
+    x = y if form.keep_output else x
     shift, delta, _, count = moments
     unit = _power_of_two(rstd)
     rest, delta = rstd / unit, delta * unit
     k, unit = written_out(x, scale * rstd, unit)
     like = jax.typeof(x)
     dx = where_valid(mask, directions.x).astype(rstd.dtype)
-    product = dx * expand(unit, like, form.axis) * centered(x, mask, form.axis, shift)
+    product = dx * expand(unit, like, form.axis) * _deviation(operands, outputs, form)
     means_dx = means((dx, product), count, form.axis, form.devices)
     mean_dx, mean_product = written_out(x, *means_dx)
     mean_dx_normalized = (mean_product - delta * mean_dx) * rest
     q = (directions.scale - k * mean_dx_normalized) * rest
     p = directions.bias - k * mean_dx - delta * q
     # A second difference: XLA's CPU compiler would write out one that `dx` uses too.
-    deviation = centered(x, mask, form.axis, apart(shift, "cpu"))
-    obstructed = mask is not None or form.grouped
+    same = moments._replace(shift=apart(shift, "cpu"))
+    deviation = _deviation(operands, (y, same, rstd), form)
+    obstructed = mask is not None or form.grouped or form.keep_output
     p, q = (expand_tangent(v, like, form.axis, obstructed) for v in (p, q * unit))
     terms = p + jnp.zeros_like(dx), deviation * q, expand(k, like, form.axis) * dx
     if form.activation in PIECEWISE_LINEAR and directions.residual is None:
-        dy = _term_by_term(form.activation, terms, operands, moments, rstd, form)
+        dy = _term_by_term(form.activation, terms, operands, outputs, form)
     else:
         dz = sum(terms[1:], start=terms[0])
         if directions.residual is not None:
@@ -127,6 +131,15 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
     dvar, drstd = 2 * mean_dx_normalized / rstd, -(rstd * mean_dx_normalized) * rstd
     dmoments = Shifted(jnp.zeros_like(shift), mean_dx, dvar, jnp.zeros_like(count))
     return where_valid(mask, dy), dmoments, drstd
+
+
+def _deviation(operands: Operands, outputs: Outputs, form: Form) -> jax.Array:
+    """`x − shift`, of the input or of the output, whichever is kept; zero where masked."""
+    y, moments, rstd = outputs
+    if not form.keep_output:
+        return centered(operands.x, operands.mask, form.axis, moments.shift)
+    by_batch = coefficients(moments.shift, moments.delta, rstd, operands)
+    return inverted(y, by_batch, operands, form)
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
@@ -138,8 +151,7 @@ def _term_by_term(
     activation: Activation,
     terms: Sequence[jax.Array],
     operands: Operands,
-    moments: Shifted,
-    rstd: jax.Array,
+    outputs: Outputs,
     form: Form,
 ) -> jax.Array:
     """The tangent of the output if the sign of its argument tells the slope of the activation.
@@ -149,10 +161,16 @@ def _term_by_term(
     element with one slope for two of the terms, and 31.9 with three.
     """
     tangents = []
+    y, moments, rstd = outputs
     for term in terms:
-        z = _preactivation(operands, moments, rstd, form).astype(form.dtype).astype(term.dtype)
-        tangents.append(jax.jvp(activation, (z,), (term,))[1])
-        rstd = apart(rstd, "cuda", "rocm")
+        if form.keep_output:
+            # The sign of zero, too: an output that is tiny may be rounded to it.
+            y = apart(y, "cuda", "rocm")
+            z = jnp.copysign(jnp.ones_like(y), y)
+        else:
+            z = _preactivation(operands, moments, rstd, form).astype(form.dtype)
+            rstd = apart(rstd, "cuda", "rocm")
+        tangents.append(jax.jvp(activation, (z.astype(term.dtype),), (term,))[1])
     dy: jax.Array = sum(tangents[1:], start=tangents[0])
     return dy.astype(form.dtype)
 

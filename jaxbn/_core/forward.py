@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxbn._activation import Activation, is_own
+from jaxbn._activation import INVERSES, Activation, is_own
 from jaxbn._core.axes import expand
 from jaxbn._core.compilers import apart, written_out
 from jaxbn._core.devices import ALONE, Devices
-from jaxbn._core.moments import centered, where_valid
+from jaxbn._core.moments import centered, where_valid, widened
 from jaxbn._core.renorm import Limits
 
 
@@ -34,6 +34,7 @@ class Form(NamedTuple):
     activation: Activation | None = None
     differentiated: bool = False
     grouped: bool = False  # one of several groups, under `jax.vmap`
+    keep_output: bool = False  # for the backward pass, in place of the input
 
 
 class Operands(NamedTuple):
@@ -86,6 +87,18 @@ def activated(z: jax.Array, operands: Operands, form: Form) -> jax.Array:
     if form.activation is not None:
         z = form.activation(seen(z, operands, form), *operands.constants)
     return where_valid(operands.mask, z).astype(form.dtype)
+
+
+def inverted(y: jax.Array, coefficients: Coefficients, operands: Operands, form: Form) -> jax.Array:
+    """`x − shift` from an output without a residual: `activated` and `applied`, undone.
+
+    Two calls share no array. Without the barrier XLA keeps a copy of `y` in float32.
+    """
+    _, *vectors = coefficients
+    y = apart(y, "cpu", "cuda", "rocm")
+    factor, offset = (expand(v, jax.typeof(y), form.axis) for v in written_out(y, *vectors))
+    z = widened(y, factor.dtype)
+    return where_valid(operands.mask, (INVERSES[form.activation](z) - offset) / factor)
 
 
 def seen(z: jax.Array, operands: Operands, form: Form) -> jax.Array:

@@ -235,18 +235,24 @@ def _layer(
         "axis_name": layer.axis_name,
         "axis_index_groups": layer.axis_index_groups,
     }
-    real_only: dict[str, Any] = {
+    of_training: dict[str, Any] = {
         "virtual_batch_size": layer.virtual_batch_size,
         "renorm": _renorm(layer, kept),
+        "keep_output": layer.keep_output,
+    }
+    real_only: dict[str, Any] = {
         "domain": domain,
         "update_stats": None if update is train or initializing else update,
     }
     of_batch, normalized, whole = REAL
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        of_samples = True if is_conditional(scale, bias) else None
-        only = {"batch_moments": kept.moments or None, "scale or bias of each sample": of_samples}
-        _check_real_only(fused | real_only | only)
-        x, fused, real_only = x.astype(dtype), {}, {}
+        given = {
+            "keep_output": layer.keep_output or None,
+            "batch_moments": kept.moments or None,
+            "scale or bias of each sample": True if is_conditional(scale, bias) else None,
+        }
+        _check_real_only(fused | of_training | real_only | given)
+        x, fused, of_training, real_only = x.astype(dtype), {}, {}, {}
         of_batch, normalized, whole = COMPLEX
     if initializing and (train is not False or not kept.running):
         # Neither counts as a batch nor asks for more than one value per channel, nor for devices.
@@ -257,10 +263,9 @@ def _layer(
     if kept.moments and domain is not None:
         raise NotImplementedError("`batch_moments` are of one set of statistics, not of domains.")
     if kept.moments and train is True:
-        del real_only["update_stats"], real_only["domain"]
         stats = batch_stats_of(kept.running)
-        fused |= devices | real_only
-        y, moments = batch_normalize(x, scale, bias, stats=stats, **fixed, **fused)
+        options = of_training | devices | fixed | fused
+        y, moments = batch_normalize(x, scale, bias, stats=stats, **options)
         return y, kept._replace(moments=_with(kept.moments, moments, layer))
     if kept.moments:
         real_only["update_stats"] = False
@@ -276,6 +281,7 @@ def _layer(
         **devices,
         **fixed,
         **fused,
+        **of_training,
         **real_only,
     )
     if kept.moments:

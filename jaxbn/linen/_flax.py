@@ -78,6 +78,8 @@ class BatchNorm(nn.Module):
       renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
       num_domains: k for so many sets of statistics, `[k, C]`, for `domain` of the call.
       shared_affine: whether domains share `scale` and `bias`; by default each has its own.
+      keep_output: whether training keeps the output for the backward pass in place of the input,
+        for the activations None and "leaky_relu"; see `jaxbn.batch_normalize`.
 
     Raises:
       TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
@@ -124,6 +126,7 @@ class BatchNorm(nn.Module):
     renorm: Renorm | None = None
     num_domains: Integer | None = None
     shared_affine: bool = False
+    keep_output: bool = False
 
     @nn.compact
     def __call__(

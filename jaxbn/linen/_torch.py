@@ -52,6 +52,7 @@ class _TorchBatchNorm(nn.Module):
     renorm: Renorm | None = None
     num_domains: Integer | None = None
     shared_affine: bool = False
+    keep_output: bool = False
 
     layouts: ClassVar[tuple[str, ...]] = ()  # without the C, whose place is `axis`
 
@@ -161,6 +162,8 @@ class BatchNorm1d(_TorchBatchNorm):
       renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
       num_domains: k for so many sets of statistics, `[k, C]`, for `domain` of the call.
       shared_affine: whether domains share `scale` and `bias`; by default each has its own.
+      keep_output: whether training keeps the output for the backward pass in place of the input,
+        for the activations None and "leaky_relu"; see `jaxbn.batch_normalize`.
 
     Raises:
       TypeError: the input is not real floating point.

@@ -72,6 +72,8 @@ class BatchNorm(BatchNormLayer):
       renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
       num_domains: k for so many sets of statistics, `[k, C]`, for `domain` of the call.
       shared_affine: whether domains share `scale` and `bias`; by default each has its own.
+      keep_output: whether training keeps the output for the backward pass in place of the input,
+        for the activations None and "leaky_relu"; see `jaxbn.batch_normalize`.
 
     Raises:
       TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
@@ -126,6 +128,7 @@ class BatchNorm(BatchNormLayer):
         renorm: Renorm | None = None,
         num_domains: Integer | None = None,
         shared_affine: bool = False,
+        keep_output: bool = False,
     ) -> None:
         stats = init_batch_stats(num_features, num_domains=num_domains)
         self.mean = nnx.BatchStat(stats.mean)
@@ -158,6 +161,7 @@ class BatchNorm(BatchNormLayer):
         self.renorm = renorm
         self.num_domains = num_domains
         self.shared_affine = shared_affine
+        self.keep_output = keep_output
         self.moments = nnx.data(None)
 
     def __call__(

@@ -49,6 +49,7 @@ class _TorchBatchNorm(BatchNormLayer):
         renorm: Renorm | None = None,
         num_domains: Integer | None = None,
         shared_affine: bool = False,
+        keep_output: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         shape = affine_shape(num_features, num_domains=num_domains, shared=shared_affine)
@@ -79,6 +80,7 @@ class _TorchBatchNorm(BatchNormLayer):
         self.renorm = renorm
         self.num_domains = num_domains
         self.shared_affine = shared_affine
+        self.keep_output = keep_output
         self.moments = nnx.data(None)
 
     def __call__(
@@ -174,6 +176,8 @@ class BatchNorm1d(_TorchBatchNorm):
       renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
       num_domains: k for so many sets of statistics, `[k, C]`, for `domain` of the call.
       shared_affine: whether domains share `scale` and `bias`; by default each has its own.
+      keep_output: whether training keeps the output for the backward pass in place of the input,
+        for the activations None and "leaky_relu"; see `jaxbn.batch_normalize`.
       rngs: random numbers for the initializers.
 
     Raises:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+import jaxbn
 from benchmarks.compiled import h100, hlo, network_traffic, step_memory, traffic
 from benchmarks.libraries import LIBRARIES
 from benchmarks.timing import bench_network
@@ -98,6 +99,20 @@ def test_on_an_h100(case, dtype, layout):
     assert cost.forward + cost.backward <= crossing
     assert cost.kept <= kept
     assert cost.collectives == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not h100.available(), reason="needs the package jax-cuda13-plugin")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_keeping_the_output_costs_no_traffic_on_an_h100(dtype):
+    def layer(x, scale, bias):
+        return jaxbn.batch_normalize(x, scale, bias, activation="leaky_relu", keep_output=True)
+
+    shape, axis = traffic.SHAPES["NHWC"]
+    cost = traffic.measure(layer, "BN", shape, axis, jnp.dtype(dtype), h100.sharding())
+    crossing, kept = LIMITS["BN", dtype]
+    assert cost.forward + cost.backward <= crossing
+    assert cost.kept <= kept
 
 
 STEP_LIMITS = {"bfloat16": (32.0, 4.35), "float32": (65.5, 9.85)}

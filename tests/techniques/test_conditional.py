@@ -217,6 +217,10 @@ ERRORS = {
         "`bias` must have shape (4,)",
     ),
     "no samples": (lambda: jaxbn.normalize(X[0, 0], X[0, 0], X[0, 0], SCALE), "`scale` of each"),
+    "no inverse": (
+        lambda: jaxbn.batch_normalize(X, SCALE, keep_output=True),
+        "`keep_output` takes a `scale` and a `bias` of shape [C]; got [N, C], of each sample.",
+    ),
     "three dimensions": (lambda: jaxbn.batch_normalize(X, X), "`scale` must have shape (4,)"),
     "a scale of its own": (
         lambda: linen_call(linen.BatchNorm(), scale=SCALE),

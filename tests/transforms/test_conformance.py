@@ -133,6 +133,12 @@ def renormed(state, x, scale, bias, train=True, axis_name=None):
     return state, {"y": y}
 
 
+def output_kept(state, x, scale, bias, train=True, axis_name=None):
+    options = {"mask": x > 1.5, "activation": "leaky_relu", "keep_output": True}
+    y, state = jaxbn.batch_norm(x, state, scale, bias, train=train, axis_name=axis_name, **options)
+    return state, {"y": y}
+
+
 def folded(state, x, scale, bias, train=True, axis_name=None):
     """Into a kernel that is the input."""
     fold = jaxbn.fold_into_dense
@@ -262,6 +268,7 @@ ROWS = {
     ),
     "nnx.update_batch_stats": nnx_accumulated(functools.partial(nnx.BatchNorm1d, 4, axis=-1)),
     "linen.recalibrate": Row(recalibrated, {"mean": STATS.mean, "var": STATS.var}),
+    "batch_norm, keep_output": Row(output_kept, STATS, IMAGES, uses_train=True),
 }
 
 
