@@ -10,11 +10,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._activation import Activation, check_keep_output
 from jaxbn._checks import check_bool, check_momentum
+from jaxbn._conditional import is_conditional
 from jaxbn._core.devices import AxisIndexGroups, AxisName, spread
 from jaxbn._domains import by_domain
 from jaxbn._moments import Moments, batch_moments
 from jaxbn._normalize import batch_normalize, normalize
-from jaxbn._renorm import Renorm
+from jaxbn._renorm import Renorm, check_renorm
 from jaxbn._stats import BatchStats, checked_stats, update_batch_stats
 from jaxbn._types import Bool, Flag, Integer, Number
 
@@ -128,7 +129,9 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
     check_momentum(momentum)
     check_bool(train, "train")
     check_bool(skip_nonfinite, "skip_nonfinite")
-    check_keep_output(keep_output, activation, residual)
+    check_renorm(renorm)
+    by_sample = domain is None and is_conditional(scale, bias)
+    check_keep_output(keep_output, activation, residual, by_sample=by_sample)
     if update_stats is not None:
         check_bool(update_stats, "update_stats")
     devices: dict[str, Any] = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}

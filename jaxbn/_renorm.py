@@ -72,6 +72,11 @@ class Renorm:
         return callable(self.r_max) or callable(self.d_max)
 
 
+def check_renorm(renorm: object) -> None:
+    if renorm is not None and not isinstance(renorm, Renorm):
+        raise TypeError(f"`renorm` must be a jaxbn.Renorm or None; got {type(renorm).__name__}.")
+
+
 def limits(
     renorm: Renorm | None,
     stats: BatchStats | None,
@@ -81,10 +86,9 @@ def limits(
     dtype: DTypeLike,
 ) -> Limits | None:
     """What the correction is made of, in `dtype`."""
+    check_renorm(renorm)
     if renorm is None:
         return None
-    if not isinstance(renorm, Renorm):
-        raise TypeError(f"`renorm` must be a jaxbn.Renorm or None; got {type(renorm).__name__}.")
     if stats is None:
         raise ValueError("`renorm` corrects towards running statistics: pass `stats`; got None.")
     stats = jax.lax.stop_gradient(checked_stats(stats))
