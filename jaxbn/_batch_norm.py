@@ -40,7 +40,7 @@ def batch_norm(
     activation: str | Activation | None = None,
     residual: ArrayLike | None = None,
     skip_nonfinite: Flag = False,
-    keep_output: bool = False,
+    keep_output: Bool = False,
 ) -> tuple[jax.Array, Stats]:
     """Batch norm in training or in inference mode, with its running statistics.
 
