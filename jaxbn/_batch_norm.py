@@ -45,7 +45,7 @@ def batch_norm(
     skip_nonfinite: Flag = False,
     renorm: Renorm | None = None,
     domain: ArrayLike | None = None,
-    keep_output: bool = False,
+    keep_output: Bool = False,
 ) -> tuple[jax.Array, Stats]:
     """Batch norm in training or in inference mode, with its running statistics.
 

@@ -35,7 +35,7 @@ from jaxbn._ghost import by_group, checked_groups
 from jaxbn._moments import Moments, unshifted
 from jaxbn._renorm import Renorm, limits
 from jaxbn._stats import BatchStats
-from jaxbn._types import Integer, Number
+from jaxbn._types import Bool, Integer, Number
 
 
 def normalize(
@@ -131,7 +131,7 @@ def batch_normalize(
     residual: ArrayLike | None = None,
     renorm: Renorm | None = None,
     stats: BatchStats | None = None,
-    keep_output: bool = False,
+    keep_output: Bool = False,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes `x` by its own mean and biased variance: batch norm in training mode.
 
@@ -164,7 +164,7 @@ def batch_normalize(
       keep_output: whether `y` is kept for the backward pass in place of `x`, which is computed from
         it. The next layer often keeps `y` anyway. For the activations None and "leaky_relu",
         without a residual. Values are the same. Gradients see an x̂ whose error is the rounding of
-        `y` times `|x̂| + |bias/scale|`; those of a channel whose scale is 0 are NaN.
+        `y` times `|x̂| + |bias/scale|`; where a scale is 0, those of it and of `x` are not finite.
 
     Returns:
       `(y, moments)`: `y` in the shape of `x`, computed in at least float32 and rounded
@@ -172,7 +172,7 @@ def batch_normalize(
       merged. Both are differentiable to any order, in forward and reverse mode.
 
     Raises:
-      TypeError: as `normalize`.
+      TypeError: `keep_output` is not a bool, or as `normalize`.
       ValueError: there is one value per channel, `epsilon` is not positive, the groups do not
         divide the samples or the indices, `keep_output` is given with another activation or a
         residual, or as `normalize`.
