@@ -255,11 +255,11 @@ def _updated(
 
 
 def sum_of_weights(stats: BatchStats, decay: float) -> jax.Array:
-    """`1 − decay**count`, rounded as Haiku and Equinox do it; 1 before the first batch."""
+    """`1 − decay**count`, rounded as Haiku and Equinox do it in `jit`; 1 before the first batch."""
     if not 0 <= decay < 1:
         raise ValueError(f"The weight of the old statistics must be in [0, 1); got {decay}.")
     one = jnp.ones((), stats.mean.dtype)
-    weights = one - jnp.power(jnp.asarray(decay, one.dtype), stats.count)
+    weights = one - jnp.power(jnp.asarray(decay, one.dtype), stats.count.astype(one.dtype))
     return jnp.where(stats.count == 0, one, weights)
 
 
