@@ -259,7 +259,8 @@ def sum_of_weights(stats: BatchStats, decay: float) -> jax.Array:
     if not 0 <= decay < 1:
         raise ValueError(f"The weight of the old statistics must be in [0, 1); got {decay}.")
     one = jnp.ones((), stats.mean.dtype)
-    weights = one - jnp.power(jnp.asarray(decay, one.dtype), stats.count.astype(one.dtype))
+    count = jnp.asarray(stats.count, one.dtype)
+    weights = one - jnp.power(jnp.asarray(decay, one.dtype), count)
     return jnp.where(stats.count == 0, one, weights)
 
 

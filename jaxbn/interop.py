@@ -117,6 +117,7 @@ def from_equinox(
     In mode "ema" Equinox normalizes by these in training, too, and `jaxbn.batch_norm` by those of
     the batch. In mode "batch" its variance starts at 1, not 0, which divided by
     `1 − momentum**counter` is too large for hundreds of batches; it converts as it is.
+    `jaxbn.equinox.BatchNorm` keeps the same state, and has neither fault.
 
     Args:
       counter: `state.get` of the layer's `ema_first_time_index` or `batch_counter`.
