@@ -44,11 +44,16 @@ class BatchNorm(eqx.nn.StatefulLayer):
         mode="ema"     the first batch has w = 1, all others w = 1 − momentum;
                        the state is whether no batch has come, and the averages
 
-    In both modes the first batch replaces the initial mean of 0 and variance of 1, and a batch is
-    normalized by its own moments. The layer differs from Equinox's where that is wrong:
+    In both modes the first batch replaces the initial mean of 0 and variance of 1. A channel that
+    is masked in all of the first batch keeps them, as if they were its first batch. A batch that is
+    masked everywhere is not counted.
 
-    - Equinox keeps a share of the initial variance in mode "batch", for hundreds of batches.
-    - Equinox normalizes training batches by the running statistics in mode "ema".
+    The layer differs from Equinox's in these points:
+
+    - The running variance has no share of the initial one. Equinox's has in mode "batch", for
+      hundreds of batches.
+    - In mode "ema", too, a training batch is normalized by its own moments. Equinox takes the
+      running statistics.
     - The default mode is "batch". Equinox's is "ema", with a warning.
     - The computation is at least float32, and the output has the dtype of `x`.
     - One value per channel is an error in training.
@@ -278,7 +283,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
             unbiased=False,
             skip_nonfinite=self.skip_nonfinite,
         )
-        # One that is masked everywhere is no batch: another will be the first.
+        # A batch that is masked everywhere is none: another will be the first.
         counted = (new.count > stats.count) & (moments.count > 0).any()
         new = new._replace(count=jnp.where(counted, stats.count + 1, stats.count))
         weights = self._weights(new)

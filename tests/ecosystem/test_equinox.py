@@ -350,6 +350,21 @@ def test_a_batch_that_is_masked_everywhere_is_none(mode, call):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_channel_that_is_masked_in_the_first_batch(mode):
+    x, mask = sample(SHAPE, 0, dtype=np.float32), np.ones((6, 4, 1, 1), bool)
+    mask[:, 1] = False
+    layer, state = ours(4, "batch", momentum=0.9, mode=mode)
+    for counts in (mask, np.ones_like(mask)):
+        _, state = compiled(by_sample, layer, x, state, {"mask": counts})
+    mean, var, _ = channel_moments(x, 1)
+    share = shares(mode, 0.9, 2)[1]
+    mean[1], var[1] = share * mean[1], 1 - share + share * var[1]
+    stats = kept(layer, state)
+    assert error(stats.mean, mean) <= 2e-6
+    assert error(stats.var, var) <= 2e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_skip_nonfinite(mode):
     x = sample(SHAPE, 0, dtype=np.float32)
     layer, state = ours(4, "batch", mode=mode, skip_nonfinite=True)
