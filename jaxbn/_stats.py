@@ -127,9 +127,9 @@ def init_batch_stats(
     References:
       `torch.nn.BatchNorm2d.reset_running_stats`.
     """
-    _check_number("num_features", num_features, "channels")
+    check_number("num_features", num_features, "channels")
     if num_domains is not None:
-        _check_number("num_domains", num_domains, "domains")
+        check_number("num_domains", num_domains, "domains")
     stats = BatchStats(
         jnp.zeros(int(num_features), dtype),
         jnp.ones(int(num_features), dtype),
@@ -254,6 +254,16 @@ def _updated(
     return BatchStats(new_mean, jnp.maximum(jnp.square(std) - std_epsilon, 0), count)
 
 
+def sum_of_weights(stats: BatchStats, decay: float) -> jax.Array:
+    """`1 − decay**count`, rounded as Haiku and Equinox do it in `jit`; 1 before the first batch."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"The weight of the old statistics must be in [0, 1); got {decay}.")
+    one = jnp.ones((), stats.mean.dtype)
+    count = jnp.asarray(stats.count, one.dtype)
+    weights = one - jnp.power(jnp.asarray(decay, one.dtype), count)
+    return jnp.where(stats.count == 0, one, weights)
+
+
 def checked_stats(stats: BatchStats) -> BatchStats:
     """`stats` as arrays: vectors of float32 or float64, both of the same, and an integer count."""
     if not isinstance(stats, BatchStats):
@@ -310,7 +320,7 @@ def _check_names(mapping: Mapping[str, ArrayLike]) -> None:
         )
 
 
-def _check_number(name: str, number: object, what: str) -> None:
+def check_number(name: str, number: object, what: str) -> None:
     if not isinstance(number, numbers.Integral) or isinstance(number, bool):
         raise TypeError(f"`{name}` must be an int, the number of {what}; got {number!r}.")
     if number < 1:

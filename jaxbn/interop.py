@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxbn._stats import BatchStats, checked_stats
+from jaxbn._stats import BatchStats, checked_stats, sum_of_weights
 
 
 def from_haiku(state: Mapping[str, Any], module: str = "batch_norm") -> BatchStats:
@@ -93,7 +93,7 @@ def to_haiku(
       Array([[1., 2.]], dtype=float32)
     """
     stats = checked_stats(stats)
-    weights = _sum_of_weights(stats, decay_rate)
+    weights = sum_of_weights(stats, decay_rate)
     if not stats.count:
         raise ValueError("Haiku has no average of 0 batches; use stats._replace(count=…).")
     emas: dict[str, Any] = {}
@@ -117,6 +117,7 @@ def from_equinox(
     In mode "ema" Equinox normalizes by these in training, too, and `jaxbn.batch_norm` by those of
     the batch. In mode "batch" its variance starts at 1, not 0, which divided by
     `1 − momentum**counter` is too large for hundreds of batches; it converts as it is.
+    `jaxbn.equinox.BatchNorm` keeps the same state, and has neither fault.
 
     Args:
       counter: `state.get` of the layer's `ema_first_time_index` or `batch_counter`.
@@ -144,7 +145,7 @@ def from_equinox(
     if kind == "b" and counter:
         raise ValueError("Equinox has set no averages before a batch; use init_batch_stats.")
     stats = _stats(averages, 0 if kind == "b" else counter)
-    weights = 1 if momentum is None else _sum_of_weights(stats, momentum)
+    weights = 1 if momentum is None else sum_of_weights(stats, momentum)
     return stats._replace(mean=stats.mean / weights, var=stats.var / weights)
 
 
@@ -175,7 +176,7 @@ def to_equinox(
         mean, var, _ = _uncounted(stats, 'Equinox in mode "ema"')
         return jnp.array(False), (mean, var)
     stats = checked_stats(stats)
-    weights = _sum_of_weights(stats, momentum)
+    weights = sum_of_weights(stats, momentum)
     if not stats.count and ((stats.mean != 0) | (stats.var != 1)).any():
         raise ValueError("Averages of 0 batches are 0 and 1; use stats._replace(count=…).")
     return jnp.array(int(stats.count)), (stats.mean * weights, stats.var * weights)
@@ -256,12 +257,3 @@ def _uncounted(stats: BatchStats, library: str) -> BatchStats:
             "To drop it, pass stats._replace(count=jnp.int32(0))."
         )
     return stats
-
-
-def _sum_of_weights(stats: BatchStats, decay: float) -> jax.Array:
-    """`1 − decay**count`, rounded as Haiku and Equinox do it; 1 before the first batch."""
-    if not 0 <= decay < 1:
-        raise ValueError(f"The weight of the old statistics must be in [0, 1); got {decay}.")
-    one = jnp.ones((), stats.mean.dtype)
-    weights = one - jnp.power(jnp.asarray(decay, one.dtype), stats.count)
-    return jnp.where(stats.count == 0, one, weights)

@@ -6,6 +6,7 @@ compares with the plain call, or with differences of plain calls where the trans
 
 import dataclasses
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -236,6 +237,27 @@ def recalibrated(state, x, scale, bias, train=True, axis_name=None):
     return new["batch_stats"], {"y": layer.apply(variables, x, True)}
 
 
+def equinox_layer():
+    """In training, since its modes are known when it is traced."""
+    import equinox as eqx
+
+    from jaxbn.equinox import BatchNorm
+
+    def step(state, x, scale, bias, train=True, axis_name=None):
+        options = fused(x)
+        make = eqx.nn.make_with_state(BatchNorm)
+        module, initial = make(4, momentum=0.9, activation=options.pop("activation"))
+        module = eqx.tree_at(lambda m: (m.weight, m.bias), module, (scale, bias))
+        # Leaves, since `jax.export` does not know the class, and on the mesh, as it demands.
+        leaves = [v + jnp.zeros_like(v) for v in state]
+        state = jax.tree.unflatten(jax.tree.structure(initial), leaves)
+        y, state = module.batched(x, state, axis=-1, axis_name=axis_name, **options)
+        return jax.tree.leaves(state), {"y": y}
+
+    vectors = (np.full(4, value, np.float32) for value in (2, 3))  # of no weak type
+    return Row(step, [STATS.count, *vectors], IMAGES)
+
+
 # Rows that are alike have one shape, so that JAX differentiates what they share once.
 IMAGES = (8, 2, 2, 4)
 STATS = jaxbn.BatchStats(jnp.full(4, 2.0), jnp.full(4, 3.0), jnp.int32(2))
@@ -270,6 +292,8 @@ ROWS = {
     "linen.recalibrate": Row(recalibrated, {"mean": STATS.mean, "var": STATS.var}),
     "batch_norm, keep_output": Row(output_kept, STATS, IMAGES, uses_train=True),
 }
+if importlib.util.find_spec("equinox"):
+    ROWS["equinox.BatchNorm"] = equinox_layer()
 
 
 def floats(tree):
