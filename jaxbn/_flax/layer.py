@@ -226,11 +226,7 @@ def _layer(
 ) -> tuple[jax.Array, Kept]:
     fixed: dict[str, Any] = {"axis": axis, "epsilon": epsilon, "dtype": dtype, "mask": mask}
     fused: dict[str, Any] = {"activation": activation, "residual": residual}
-    if (domain is None) != (layer.num_domains is None):
-        raise ValueError(
-            "`domain` says which of `num_domains` sets of statistics a call is for; got "
-            f"domain={domain!r} for a layer with num_domains={layer.num_domains}."
-        )
+    _check_domain(layer, domain, kept)
     devices: dict[str, Any] = {
         "axis_name": layer.axis_name,
         "axis_index_groups": layer.axis_index_groups,
@@ -260,16 +256,8 @@ def _layer(
         if domain is not None:  # puts out what the first domain does
             scale, bias = (v if v is None or v.ndim == 1 else v[0] for v in (scale, bias))
         return normalized(x, moments.mean, moments.var, scale, bias, **fixed, **fused), kept
-    if kept.moments and domain is not None:
-        raise NotImplementedError("`batch_moments` are of one set of statistics, not of domains.")
-    if kept.moments and train is True:
-        stats = batch_stats_of(kept.running)
-        options = of_training | devices | fixed | fused
-        y, moments = batch_normalize(x, scale, bias, stats=stats, **options)
-        return y, kept._replace(moments=_with(kept.moments, moments, layer))
-    if kept.moments:
-        real_only["update_stats"] = False
-    y, stats = whole(
+    run = functools.partial(
+        whole,
         x,
         batch_stats_of(kept.running),
         scale,
@@ -282,12 +270,28 @@ def _layer(
         **fixed,
         **fused,
         **of_training,
-        **real_only,
     )
-    if kept.moments:
+    if not kept.moments:
+        y, stats = run(**real_only)
+        return y, Kept({name: getattr(stats, name) for name in kept.running}, {})
+    if train is True:
+        options = of_training | devices | fixed | fused
+        stats = batch_stats_of(kept.running)
+        y, moments = batch_normalize(x, scale, bias, stats=stats, **options)
+    else:
+        y, _ = run(update_stats=False)
         moments = of_batch(x, axis=axis, mask=mask, **devices)
-        return y, kept._replace(moments=_with(kept.moments, moments, layer))
-    return y, Kept({name: getattr(stats, name) for name in kept.running}, {})
+    return y, kept._replace(moments=_with(kept.moments, moments, layer))
+
+
+def _check_domain(layer: Module, domain: object, kept: Kept) -> None:
+    if (domain is None) != (layer.num_domains is None):
+        raise ValueError(
+            "`domain` says which of `num_domains` sets of statistics a call is for; got "
+            f"domain={domain!r} for a layer with num_domains={layer.num_domains}."
+        )
+    if kept.moments and domain is not None:
+        raise NotImplementedError("`batch_moments` are of one set of statistics, not of domains.")
 
 
 def _renorm(layer: Module, kept: Kept) -> Renorm | None:
