@@ -12,7 +12,7 @@ from jaxbn._diagnosis.misfits import level, misfits, noise
 # give, but in no case more than half of it.
 LEFT, LEFT_BY_DRIFT, LEFT_BY_CHANCE = 0.25, 0.2, 1.5
 # The same fault in all layers is surer: it shows where it leaves less than this part.
-LEFT_IN_ALL = 0.4
+LEFT_IN_ALL = 0.5
 # The weights that the first of few steps saw were others: more is left.
 LEFT_BY_STEPS, LEFT_BY_STEPS_AT_MOST = 0.5, 0.5
 # A fault with a free number must be nearer than one without by this much.
@@ -25,10 +25,12 @@ PARTS = np.linspace(0.02, 0.97, 96)
 SCATTER = 0.2
 # Ratios of variances that no healthy training makes.
 LARGE = 4.0
+# Of channels in an order, nearly all have another nearest one; of unlike ones, two in three.
+DIFFERENT = 0.8
 # A multiple of the variance that a count or a scale of pixels makes.
 RATIOS = (1e-7, 1e7)
 # Padding shows in means and variances that are this far off, if it leaves so little of the latter.
-PADDED, LEFT_BY_PADDING = 0.25, 0.4
+PADDED, LEFT_BY_PADDING, LEFT_BY_PADDING_AT_MOST = 0.25, 0.55, 0.25
 # A damaged channel is this far off, in standard deviations, where the other channels are right.
 DAMAGED = 1.5
 # At most this part of the channels: of more, all are wrong.
@@ -55,8 +57,9 @@ def cause_of(layer: Layer, others: Sequence[Layer], first: bool) -> Cause | None
 
 
 def explains(cause: Cause, layer: Layer, apart: float) -> bool:
-    """Whether little of the distance is left."""
-    left = level(layer.running, cause.prediction, layer.settings.epsilon)
+    """Whether little of the distance is left, in deviations of the batches."""
+    unit = _batch(layer).var
+    left = level(layer.running, cause.prediction, layer.settings.epsilon, unit)
     return left < min(apart / 2, max(LEFT * apart, LEFT_BY_DRIFT, LEFT_BY_CHANCE * noise(layer)))
 
 
@@ -72,13 +75,15 @@ def _candidates(
     if len(running.mean) >= FEWEST_CHANNELS:
         yield from _reordered(running, batch, epsilon)
         yield too_few_steps([layer])[0]
-        yield from rescaled(running, batch, epsilon, shifts=first)
+        yield from rescaled(running, batch, epsilon)
+        if first:
+            yield from _shifted(running, batch, epsilon)
 
 
 def in_all(layers: Sequence[Layer], limit: float) -> list[tuple[Layer, Cause]]:
     """The layers with the one fault that explains all of them, if there is such a one.
 
-    Only in layers that the fault brings nearer, which must be most: others do not tell it from none.
+    Only in layers that the fault brings nearer, which must be most: others do not tell of it.
     """
     apart = _distance(layers, [_batch(layer) for layer in layers])
     options = [
@@ -87,6 +92,9 @@ def in_all(layers: Sequence[Layer], limit: float) -> list[tuple[Layer, Cause]]:
     ]
     lefts = [_distance(layers, [cause.prediction for cause in causes]) for causes in options]
     bounds = [LEFT_IN_ALL * apart] * len(options)
+    if (multiple := _multiple_in_all(layers)) is not None:
+        options, bounds = [*options, multiple], [*bounds, LEFT * apart]
+        lefts.append(_distance(layers, [cause.prediction for cause in multiple]) + FREE)
     if apart > limit:
         steps = too_few_steps(layers)
         left = _distance(layers, [cause.prediction for cause in steps])
@@ -106,34 +114,39 @@ def _batch(layer: Layer) -> Known:
 
 
 def _nearer(layer: Layer, cause: Cause) -> bool:
-    epsilon = layer.settings.epsilon
-    apart = level(layer.running, _batch(layer), epsilon)
-    return level(layer.running, cause.prediction, epsilon) < apart
+    return _distance([layer], [cause.prediction]) < _distance([layer], [_batch(layer)])
 
 
 def _distance(layers: Sequence[Layer], known: Sequence[Known]) -> float:
-    """The root of the mean square over the layers."""
+    """The root of the mean square over the layers, in deviations of the batches."""
     levels = [
-        level(layer.running, k, layer.settings.epsilon)
+        level(layer.running, k, layer.settings.epsilon, _batch(layer).var)
         for layer, k in zip(layers, known, strict=True)
     ]
     return float(np.sqrt(np.mean(np.square(levels))))
 
 
 def _quantities_of_all(layers: Sequence[Layer]) -> dict[str, list[Known]]:
-    """What each conversion makes of all layers, one multiple of all variances included."""
+    """What each conversion makes of all layers, where it is one for all."""
     each = [_other_quantities(layer, _batch(layer)) for layer in layers]
-    all_ = {
+    return {
         words: [known[words] for known in each]
         for words in each[0]
-        if all(words in k for k in each)
+        if all(words in known for known in each)
     }
+
+
+def _multiple_in_all(layers: Sequence[Layer]) -> list[Cause] | None:
+    """The same multiple of all variances: of one layer, the scale of its input would do it."""
     logs = [np.log((v.running.var + TINY) / (_batch(v).var + TINY)) for v in layers]
     ratio = float(np.exp(np.median(np.concatenate(logs))))
-    if len(layers) > 1 and RATIOS[0] < ratio < RATIOS[1]:
-        words = f"{ratio:.3g} times the variance"
-        all_[words] = [Known(_batch(v).mean, ratio * _batch(v).var, None) for v in layers]
-    return all_
+    if len(layers) < 2 or not RATIOS[0] < ratio < RATIOS[1]:
+        return None
+    known = [_batch(layer) for layer in layers]
+    what = f"{ratio:.3g} times the variance"
+    return [
+        Cause("other_quantity", Known(k.mean, ratio * k.var, None), {"what": what}) for k in known
+    ]
 
 
 def _other_quantities(layer: Layer, batch: Known) -> dict[str, Known]:
@@ -169,7 +182,7 @@ def _other_layers(layer: Layer, others: Sequence[Layer]) -> Iterator[Cause]:
 def _reordered(running: Known, batch: Known, epsilon: float) -> Iterator[Cause]:
     """Each channel has the statistics of another one: the nearest, a different one for each."""
     order = nearest(running, batch, epsilon)
-    if len(set(order)) >= 0.9 * len(order):
+    if len(set(order)) >= DIFFERENT * len(order):
         moved = float(np.sum(order != np.arange(len(order))))
         prediction = Known(batch.mean[order], batch.var[order], None)
         yield Cause("channel_order", prediction, {"channels": moved})
@@ -204,30 +217,51 @@ def too_few_steps(layers: Sequence[Layer]) -> list[Cause]:
     ]
 
 
-def rescaled(running: Known, batch: Known, epsilon: float, *, shifts: bool) -> Iterator[Cause]:
-    """All variances have the same ratio to those of the batch, and the means follow, or stay."""
+def rescaled(running: Known, batch: Known, epsilon: float) -> Iterator[Cause]:
+    """All variances have the same ratio to those of the batch; the means stay, follow, or both."""
+    ratio = _common_ratio(running, batch, epsilon)
+    if ratio is None or 1 / (1 + SCATTER) < ratio < 1 + SCATTER:
+        return
+    numbers: dict[str, float | str] = {"ratio": ratio, "scale": float(np.sqrt(ratio))}
+    if 1 / LARGE < ratio < LARGE:
+        yield Cause("variance_ratio", Known(batch.mean, batch.var / ratio, None), numbers)
+    means = [batch.mean / np.sqrt(ratio)]
+    if ratio > LARGE:  # a bias behind the input is not scaled
+        means.append(running.mean)
+    yield from (Cause("input_scale", Known(m, batch.var / ratio, None), numbers) for m in means)
+
+
+def _shifted(running: Known, batch: Known, epsilon: float) -> Iterator[Cause]:
+    """The variances are those of the batch, and the means are not."""
+    ratio = _common_ratio(running, batch, epsilon)
+    if ratio is not None and 1 / (1 + SCATTER) < ratio < 1 + SCATTER:
+        yield Cause("input_shift", Known(running.mean, batch.var / ratio, None), {})
+
+
+def _common_ratio(running: Known, batch: Known, epsilon: float) -> float | None:
+    """The variances of the batch by the running ones, if that is one number for all channels."""
     logs = np.log((batch.var + TINY) / (running.var + TINY))[batch.var > epsilon]
     if len(logs) < FEWEST_CHANNELS or logs.std() > SCATTER:
-        return
+        return None
     ratio = float(np.exp(np.median(logs)))
-    numbers: dict[str, float | str] = {"ratio": ratio, "scale": float(np.sqrt(ratio))}
-    stays = Known(batch.mean, batch.var / ratio, None)
-    follows = Known(batch.mean / np.sqrt(ratio), batch.var / ratio, None)
-    free = Known(running.mean, batch.var / ratio, None)
-    if max(ratio, 1 / ratio) > 1 + SCATTER:
-        yield Cause("variance_ratio", stays, numbers)
-        yield Cause("input_scale", follows, numbers)
-        if max(ratio, 1 / ratio) > LARGE:
-            yield Cause("input_scale", free, numbers)
-    elif shifts:
-        yield Cause("input_shift", free, numbers)
+    return ratio if RATIOS[0] < ratio < RATIOS[1] else None
 
 
 def of_data(training: Known, evaluation: Known, epsilon: float) -> Iterator[Cause]:
     """What was done to the evaluation data and not to the training data."""
     if len(training.mean) >= FEWEST_CHANNELS:
-        yield from rescaled(training, evaluation, epsilon, shifts=True)
+        yield from rescaled(training, evaluation, epsilon)
+        yield from _shrunk(training, evaluation, epsilon)
+        yield from _shifted(training, evaluation, epsilon)
         yield from _reordered(training, evaluation, epsilon)
+
+
+def _shrunk(training: Known, evaluation: Known, epsilon: float) -> Iterator[Cause]:
+    """The evaluation data are far smaller: between statistics an extreme batch does the same."""
+    ratio = _common_ratio(training, evaluation, epsilon)
+    if ratio is not None and ratio < 1 / LARGE:
+        prediction = Known(training.mean, evaluation.var / ratio, None)
+        yield Cause("input_scale", prediction, {"scale": float(np.sqrt(ratio))})
 
 
 def mask_between(running: Known, batch: Known, epsilon: float) -> Cause | None:
@@ -252,7 +286,7 @@ def _padded(kind: str, mixed: Known, alone: Known, epsilon: float) -> Cause | No
     best = int(np.argmin(errors))
     before = np.square(np.log((alone.var + epsilon) / (mixed.var + epsilon))).mean()
     moved = np.mean(apart / (np.minimum(alone.var, mixed.var) + epsilon))
-    left = min(LEFT_BY_PADDING**2 * before, SCATTER**2)
+    left = min(LEFT_BY_PADDING**2 * before, LEFT_BY_PADDING_AT_MOST**2)
     if min(before, moved) < PADDED**2 or errors[best] > left:
         return None
     prediction = Known(mixed.mean, variances[best], None)

@@ -1,5 +1,6 @@
 """Why a model is worse in inference mode than in training mode."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ BY_EPSILON, BY_EPSILON_ALONE = 0.02, 0.1
 # Dropout of one part in four leaves less of the variance; healthy networks measure 0.98 and more.
 LOST = 0.8
 # Test data of the same domain are nearer than this, also where the network is overfitted.
-OTHER_DATA = 0.6
+OTHER_DATA = 0.5
 
 
 class Finding(NamedTuple):
@@ -299,8 +300,11 @@ def _of_statistics(
 
 
 def _masks(layers: Sequence[Layer]) -> Iterator[Found]:
-    for v in layers:
-        if v.training and (cause := mask_between(v.running, v.training, v.settings.epsilon)):
+    for before, v in itertools.pairwise([None, *layers]):
+        assert v is not None
+        if v.training is None or (before and by_epsilon(before) > BY_EPSILON):
+            continue
+        if cause := mask_between(v.running, v.training, v.settings.epsilon):
             yield v, cause
 
 
@@ -405,10 +409,10 @@ def _of_data(layer: Layer, training: Known, evaluation: Known) -> Cause | None:
     if cause := mask_between(training, evaluation, epsilon):
         return cause
     apart = level(training, evaluation, epsilon)
-    if apart < OTHER_DATA + 2 * noise(layer):
+    if apart < OTHER_DATA + noise(layer):
         return None
     causes = of_data(training, evaluation, epsilon)
-    compared = layer._replace(running=training)
+    compared = layer._replace(running=training, training=evaluation)
     cause = next((cause for cause in causes if explains(cause, compared, apart)), None)
     cause = cause or _cause("other_data", layer)
     cause.numbers["apart"] = apart

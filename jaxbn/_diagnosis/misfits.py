@@ -14,12 +14,14 @@ CLIPPED = 3.0
 AVERAGED = 0.05
 
 
-def misfits(claimed: Known, actual: Known, epsilon: float) -> Array:
+def misfits(claimed: Known, actual: Known, epsilon: float, unit: Array | None = None) -> Array:
     """The distance of each channel: of the means in standard deviations, and of log deviations.
 
-    A channel that is constant has no deviation: there the mean alone counts.
+    The deviation is the smaller one, or that of the variance `unit`. A channel that is constant has
+    none: there the mean alone counts.
     """
-    deviation = np.minimum(claimed.var, actual.var) + epsilon + TINY
+    smaller = np.minimum(claimed.var, actual.var) if unit is None else unit
+    deviation = smaller + epsilon + TINY
     logs = np.log((claimed.var + epsilon + TINY) / (actual.var + epsilon + TINY)) / 2
     means = claimed.mean - actual.mean
     constant = actual.var < epsilon / 10
@@ -28,10 +30,10 @@ def misfits(claimed: Known, actual: Known, epsilon: float) -> Array:
     return np.sqrt(np.where(constant, by_mean, by_both))
 
 
-def level(claimed: Known, actual: Known, epsilon: float) -> float:
+def level(claimed: Known, actual: Known, epsilon: float, unit: Array | None = None) -> float:
     """The distance of a whole layer: the root of the mean square over channels, each clipped."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        distances = misfits(claimed, actual, epsilon)
+        distances = misfits(claimed, actual, epsilon, unit)
     distances = np.where(np.isfinite(distances), distances, CLIPPED)
     return float(np.sqrt(np.mean(np.square(np.minimum(distances, CLIPPED)))))
 
