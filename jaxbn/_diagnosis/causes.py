@@ -20,7 +20,7 @@ FREE = 0.03
 # With fewer channels anything can be fitted by a fault with a free number.
 FEWEST_CHANNELS = 4
 # Parts of a mixture that are told from none at all.
-PARTS = np.linspace(0.02, 0.97, 96)
+PARTS = np.linspace(0.1, 0.97, 88)
 # A ratio of variances is one number for all channels if its logarithm scatters less than this.
 SCATTER = 0.2
 # Ratios of variances that no healthy training makes.
@@ -185,7 +185,8 @@ def _reordered(running: Known, batch: Known, epsilon: float) -> Iterator[Cause]:
     if len(set(order)) >= DIFFERENT * len(order):
         moved = float(np.sum(order != np.arange(len(order))))
         prediction = Known(batch.mean[order], batch.var[order], None)
-        yield Cause("channel_order", prediction, {"channels": moved})
+        if level(running, prediction, epsilon) < LEFT_BY_DRIFT:
+            yield Cause("channel_order", prediction, {"channels": moved})
 
 
 def nearest(

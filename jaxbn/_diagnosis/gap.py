@@ -210,7 +210,7 @@ def _plain(layer: Layer) -> Iterator[Cause]:
         yield _cause("inference_in_training", layer)
     elif is_initial(running):
         if settings.momentum == 0 and not settings.frozen:
-            yield _cause("momentum", layer, weight=0.0)
+            yield _cause("momentum_of_zero", layer)
         else:
             yield _cause("frozen" if settings.frozen else "not_written_back", layer)
 

@@ -37,6 +37,12 @@ TEXTS = {
         "Give torch's layers and the functions the weight of the new batch (0.1), and "
         "`BatchNorm` with Flax's constructor that of the old statistics (0.9).",
     ),
+    "momentum_of_zero": Text(
+        "The running statistics are those before the first batch: the momentum gives a new batch "
+        "no weight.",
+        "Give torch's layers and the functions the weight of the new batch (0.1), and "
+        "`BatchNorm` with Flax's constructor that of the old statistics (0.9).",
+    ),
     "too_few_steps": Text(
         "The running statistics went {part:.0%} of the way from mean 0 and variance 1 to those of "
         "the batches: too few steps for the momentum.{steps}",

@@ -223,6 +223,12 @@ def test_momentum_the_wrong_way_round(data, images):
     assert kinds(model, variables, images[2]) == ["momentum"]
 
 
+def test_a_momentum_that_moves_nothing(data):
+    model = Network(momentum=1)
+    variables = trained(model, drawn(*data, 3), 0.05)
+    assert kinds(model, variables, last(drawn(*data, 8))) == ["momentum_of_zero"]
+
+
 @pytest.mark.parametrize(("momentum", "steps"), [(0.99, 30), (0.999, 100), (0.9, 3)])
 def test_too_few_steps_for_the_momentum(momentum, steps, data):
     batches = drawn(*data, steps)
