@@ -346,9 +346,9 @@ def _steps(layer: Layer) -> str:
     if not weight or weight >= 1:
         return ""
     needed = int(np.ceil(np.log(0.01) / np.log(1 - weight)))
-    were = f" There were {count:.0f} steps, and" if count else ""
+    were = f" There were {count:.0f}." if count else ""
     return (
-        f"{were or ' With'} {weight:.2g} of each batch {'take' if were else 'it takes'} {needed}."
+        f"{were} With a weight of {weight:.2g} for each batch, 99 % of the way take {needed} steps."
     )
 
 
