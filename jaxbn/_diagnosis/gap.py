@@ -212,7 +212,8 @@ def _plain(layer: Layer) -> Iterator[Cause]:
         if settings.momentum == 0 and not settings.frozen:
             yield _cause("momentum_of_zero", layer)
         else:
-            yield _cause("frozen" if settings.frozen else "not_written_back", layer)
+            left = settings.frozen or not settings.updates
+            yield _cause("frozen" if left else "not_written_back", layer)
 
 
 def _of_batches(layers: Sequence[Layer]) -> Iterator[Found]:
@@ -278,6 +279,9 @@ def _of_statistics(
 ) -> Iterator[Found]:
     """Layers whose running statistics are not those of the batches; unexplained ones only alone."""
     if not layers:
+        return
+    if left := [v for v in layers if not v.settings.updates and not fits(v, limit)]:
+        yield from ((v, _other_model(v)._replace(kind="not_updated")) for v in left)
         return
     if common := in_all(layers, limit):
         yield from ((layer, _with_steps(cause, layer)) for layer, cause in common)

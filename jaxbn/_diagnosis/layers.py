@@ -25,7 +25,8 @@ class Settings(NamedTuple):
       epsilon: what is added to the variance.
       momentum: weight of the **new** batch in the running statistics, a number; None if unknown.
       samples: samples in a batch, fewer than values where a sample has positions; None if unknown.
-      frozen: whether the layer leaves its statistics in training.
+      frozen: whether the layer normalizes by its statistics and leaves them, in training too.
+      updates: whether a batch goes into its statistics.
       by_batch: whether the batch normalizes itself, in training mode and in inference mode; None
         where that is unknown.
     """
@@ -34,6 +35,7 @@ class Settings(NamedTuple):
     momentum: float | None = None
     samples: int | None = None
     frozen: bool = False
+    updates: bool = True
     by_batch: tuple[bool | None, bool | None] = (None, None)
 
 

@@ -22,6 +22,11 @@ TEXTS = {
         "The layers are frozen at mean 0 and variance 1, or have update_stats=False.",
         "Unfreeze them, or load statistics of a trained model.",
     ),
+    "not_updated": Text(
+        "The layers normalize by the batch in training, and leave their running statistics, which "
+        "are {apart:.2g} std from the batches: update_stats is False.",
+        f"Update them in training, or freeze the layers (frozen=True); then {RECALIBRATE}.",
+    ),
     "inference_in_training": Text(
         "The layers normalize by their running statistics in training mode too.",
         "Pass use_running_average=not train, or call model.train() before training.",

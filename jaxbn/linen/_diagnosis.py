@@ -143,6 +143,8 @@ class _Seen:
         def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             if isinstance(context.module, LAYERS) and context.method_name == "__call__":
                 self._record(context.module, batch, train, args, kwargs)
+                if context.module.update_stats is False:  # would merge no batch either
+                    object.__setattr__(context.module, "update_stats", None)
             return call(*args, **kwargs)
 
         with nn.intercept_methods(record):

@@ -144,6 +144,8 @@ def _moments(model: nnx.Module, batches: Any, call: Call, *, train: bool) -> lis
         for layer in layers.values():
             zeros = jnp.zeros(layer.mean[...].shape, jnp.float32)
             layer.moments = BatchMoments(Moments(zeros, zeros, zeros))
+            if layer.update_stats is False:  # would merge no batch either
+                layer.update_stats = None
         call(copy, batch)
         return {path: layer.moments.get_value() for path, layer in layers.items()}
 

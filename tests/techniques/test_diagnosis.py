@@ -30,6 +30,7 @@ class Network(nn.Module):
     group: int | None = None
     residual: bool = False
     stuck: bool | None = None
+    update_stats: bool | None = None
 
     @nn.compact
     def __call__(self, x, train, mask=None):
@@ -41,6 +42,7 @@ class Network(nn.Module):
                 epsilon=self.epsilon,
                 dtype=self.dtype,
                 activation="relu",
+                update_stats=self.update_stats,
                 virtual_batch_size=None if inference else self.group,
             )
             h = norm(h, inference, mask=mask)
@@ -322,6 +324,18 @@ def test_modes_that_the_layers_do_not_follow(network):
     assert kinds(model.clone(stuck=False), variables, batches) == ["batch_in_inference"]
 
 
+def test_statistics_that_training_leaves(data, network):
+    """Weights go on from a trained network, and statistics stay."""
+    model = Network(update_stats=False)
+    state = network[1], optax.sgd(0.2, momentum=0.9).init(network[1]["params"])
+    batches = drawn(3 - data[0], data[1], 60)
+    for i in range(60):
+        state = step(model, state, batches, i, 0.2, True)
+    assert kinds(model, state[0], last(batches)) == ["not_updated"]
+    fresh = trained(model, batches, 0.05)
+    assert kinds(model, fresh, last(batches)) == ["frozen"]
+
+
 # Faults of statistics that were read, converted or changed, in a network and one of images
 
 
@@ -456,6 +470,89 @@ def test_statistics_that_evaluation_updated(network, others):
         _, new = model.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
         variables = {**variables, **new}
     assert "evaluation_statistics" in kinds(model, variables, batches, wrong)
+
+
+# The report
+
+
+def test_a_report_has_the_numbers_of_each_layer(network, known):
+    model, variables, batches = network
+    report = jaxbn.linen.report(applying(model), variables, batches)
+    stats, moments = known[0]
+    assert [*report] == ["BatchNorm_0", "BatchNorm_1", "BatchNorm_2"]
+    x = np.concatenate([batch[0] for batch in batches]).astype(float)
+    dense = variables["params"]["Dense_0"]
+    h = x @ np.asarray(dense["kernel"], float) + np.asarray(dense["bias"], float)
+    running = stats["BatchNorm_0"]
+    layer = report["BatchNorm_0"]
+    drift = (running["mean"] - h.mean(0)) / h.std(0)
+    assert layer.mean_drift == pytest.approx(np.sqrt(np.mean(drift**2)), rel=1e-3)
+    assert layer.worst == pytest.approx(np.abs(drift).max(), rel=1e-3)
+    ratio = np.log(running["var"] / h.var(0))
+    assert layer.var_drift == pytest.approx(np.exp(np.sqrt(np.mean(ratio**2))), rel=1e-3)
+    assert layer.offset == pytest.approx(np.max(np.abs(h.mean(0)) / h.std(0)), rel=1e-3)
+    assert (layer.channels, layer.dead, layer.non_finite, layer.below_epsilon) == (16, 0, 0, 0)
+    assert not layer.never_updated
+    assert report == jaxbn.report(stats, moments)
+    lines = str(report).splitlines()
+    assert len({len(line) for line in lines[1:]}) == 1
+    assert f"{layer.mean_drift:.3g} std" in lines[1]
+
+
+def test_a_report_finds_dead_and_damaged_channels(known):
+    stats, moments = known[0]
+    path = "BatchNorm_1"
+    wrong = {**stats[path], "mean": put(0, np.nan)(stats[path]["mean"].copy())}
+    bias = np.zeros(16)
+    bias[[2, 5]] = -9
+    params = {path: {"scale": np.ones(16), "bias": bias}}
+    batches = [
+        {**m, path: {**m[path], "var": m[path]["var"].at[1].set(0), "mean": m[path]["mean"] + 1}}
+        for m in moments
+    ]
+    batches = [{**m, path: {**m[path], "mean": m[path]["mean"].at[1].set(2)}} for m in batches]
+    variables = {"params": params, "batch_stats": {**stats, path: wrong}}
+    layer = jaxbn.report(variables, batches)[path]
+    assert (layer.dead, layer.non_finite, layer.below_epsilon) == (3, 1, 1 / 16)
+    initial = jaxbn.init_batch_stats(4)
+    moments = jaxbn.Moments(jnp.ones(4), jnp.ones(4), jnp.float32(8))
+    assert jaxbn.report(initial, moments)[""].never_updated
+    assert "never updated" in str(jaxbn.report(initial, moments))
+
+
+@pytest.mark.parametrize(
+    ("stats", "moments", "words"),
+    [
+        ({}, {}, "must hold mean and var"),
+        ("norm", "other", "must be those of the layers"),
+        ("norm", "uncounted", "must have a count"),
+        ("replicated", "norm", "take one"),
+    ],
+)
+def test_what_a_report_refuses(stats, moments, words):
+    pair = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+    trees = {
+        "norm": {"norm": {**pair, "count": jnp.float32(4)}},
+        "other": {"other": {**pair, "count": jnp.float32(4)}},
+        "uncounted": {"norm": pair},
+        "replicated": {"norm": jax.tree.map(lambda v: jnp.stack([v, v]), pair)},
+    }
+    with pytest.raises(ValueError, match=words):
+        jaxbn.report(*(trees.get(v, v) if isinstance(v, str) else v for v in (stats, moments)))
+
+
+def test_what_a_model_must_return(network):
+    model, variables, batches = network
+
+    def forgets(variables, batch, train, mutable):
+        return applying(model)(variables, batch, train, mutable)[0], {}
+
+    with pytest.raises(ValueError, match="mutable=mutable"):
+        jaxbn.linen.report(forgets, variables, batches)
+    with pytest.raises(ValueError, match="at least one batch"):
+        jaxbn.linen.report(applying(model), variables, [])
+    with pytest.raises(ValueError, match="must have a batch norm"):
+        jaxbn.nnx.report(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jnp.ones((4, 2)))
 
 
 # NNX
