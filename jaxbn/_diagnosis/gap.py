@@ -1,6 +1,5 @@
 """Why a model is worse in inference mode than in training mode."""
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -155,10 +154,10 @@ def explain_gap(
 def explained(layers: Sequence[Layer], limit: float) -> Iterator[Finding]:
     """The findings, those first that cause others."""
     found = [(layer, cause) for layer in layers for cause in _plain(layer)]
-    blamed = {layer.path for layer, _ in found}
+    blamed = {layer.path for layer, cause in found if cause.kind != "half_precision"}
     sound = [v for v in layers if v.path not in blamed and v.training is not None]
     if not (of_batches := [*_of_batches(sound)]):
-        found += _of_statistics(sound, layers, limit, bool(found))
+        found += _of_statistics(sound, layers, limit, bool(blamed))
     found += of_batches
     if not found:
         found += _of_modes(sound, limit)
@@ -196,13 +195,13 @@ def _plain(layer: Layer) -> Iterator[Cause]:
     in_training, in_inference = settings.by_batch
     if in_inference:
         yield _cause("batch_in_inference", layer)
+    if layer.narrow is not None:
+        yield _cause("half_precision", layer, dtype=layer.narrow)
     finite = np.isfinite(running.mean) & np.isfinite(running.var)
     if not finite.all():
         yield _cause("non_finite", layer, channels=float(np.sum(~finite)))
     elif not running.finite.all():
         yield _cause("negative_variance", layer, channels=float(np.sum(running.var < 0)))
-    elif layer.narrow is not None:
-        yield _cause("half_precision", layer, dtype=layer.narrow)
     elif layer.training is not None and not layer.training.finite.all():
         channels = float(np.sum(~layer.training.finite))
         yield _cause("non_finite_batches", layer, channels=channels)
@@ -304,12 +303,12 @@ def _of_statistics(
 
 
 def _masks(layers: Sequence[Layer]) -> Iterator[Found]:
-    for before, v in itertools.pairwise([None, *layers]):
-        assert v is not None
-        if v.training is None or (before and by_epsilon(before) > BY_EPSILON):
-            continue
-        if cause := mask_between(v.running, v.training, v.settings.epsilon):
-            yield v, cause
+    """Layers with padding, but not where the epsilon of the layer before explains as much."""
+    for before, v in zip([None, *layers], layers, strict=False):
+        by_layer_before = before is not None and by_epsilon(before) > BY_EPSILON
+        if v.training is not None and not by_layer_before:
+            if cause := mask_between(v.running, v.training, v.settings.epsilon):
+                yield v, cause
 
 
 def _near_epsilon(layer: Layer, cause: Cause | None) -> bool:
