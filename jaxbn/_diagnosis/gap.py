@@ -306,9 +306,10 @@ def _masks(layers: Sequence[Layer]) -> Iterator[Found]:
     """Layers with padding, but not where the epsilon of the layer before explains as much."""
     for before, v in zip([None, *layers], layers, strict=False):
         by_layer_before = before is not None and by_epsilon(before) > BY_EPSILON
-        if v.training is not None and not by_layer_before:
-            if cause := mask_between(v.running, v.training, v.settings.epsilon):
-                yield v, cause
+        if v.training is None or by_layer_before:
+            continue
+        if cause := mask_between(v.running, v.training, v.settings.epsilon):
+            yield v, cause
 
 
 def _near_epsilon(layer: Layer, cause: Cause | None) -> bool:

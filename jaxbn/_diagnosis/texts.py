@@ -140,8 +140,8 @@ TEXTS = {
     ),
     "other_data": Text(
         "The evaluation data are others than the training data: they are {apart:.2g} std apart.",
-        "Prepare both in the same way, and look whether these training batches have all classes. If "
-        "the domain is another one, adapt the statistics to it.",
+        "Prepare both in the same way, and look whether these training batches have all classes. "
+        "If the domain is another one, adapt the statistics to it.",
     ),
     "non_finite": Text(
         "{channels:.0f} channels have NaN or infinity in their running statistics.",
