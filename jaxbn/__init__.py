@@ -12,6 +12,13 @@ from jaxbn import torch as torch
 from jaxbn._batch_norm import batch_norm as batch_norm
 from jaxbn._batch_norm_mask import batch_norm_mask as batch_norm_mask
 from jaxbn._core.derivative import CHECKPOINT_NAMES as CHECKPOINT_NAMES
+from jaxbn._diagnosis.gap import Explanation as Explanation
+from jaxbn._diagnosis.gap import Finding as Finding
+from jaxbn._diagnosis.gap import explain_gap as explain_gap
+from jaxbn._diagnosis.layers import Settings as Settings
+from jaxbn._diagnosis.report import LayerReport as LayerReport
+from jaxbn._diagnosis.report import Report as Report
+from jaxbn._diagnosis.report import report as report
 from jaxbn._folding.layers import fold_into_conv as fold_into_conv
 from jaxbn._folding.layers import fold_into_dense as fold_into_dense
 from jaxbn._folding.networks import fold_variables as fold_variables

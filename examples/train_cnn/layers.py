@@ -7,12 +7,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from batches import Batch, Feed, batch_at, plan
+from jax.sharding import PartitionSpec
 from model import Layers, norm_layers
 from records import Epoch, mean_drift, var_drift
 from rich.table import Table
 from steps import REPLICATED, Variables
 
+from jaxbn import Explanation
+from jaxbn.linen import explain_gap
+
 LOOKED_AT = 1024  # images
+BATCHES = 6  # that an explanation looks at, of each set
 
 
 class Layer(NamedTuple):
@@ -79,6 +84,40 @@ def layer_table(layers: list[Layer], images: int) -> Table:
         numbers = f"{layer.channels}", *drifts, f"{layer.dead}", f"{layer.offset:.1f}"
         table.add_row(layer.name.partition("/")[0], *numbers)
     return table
+
+
+def explanation(
+    model: Layers,
+    variables: Variables,
+    feeds: tuple[Feed, Feed],
+    rows: int,
+    multiple: int,
+    scores: tuple[float, float],
+) -> Explanation:
+    """Why inference mode is worse than training mode, from batches of training and test set."""
+
+    def apply(variables: Variables, batch: Any, train: bool, mutable: list[str]) -> Any:
+        images, _, mask = batch_at(*batch)
+        mask = mask[:, None, None, None]
+        outputs, new = model.apply(variables, images, mask=mask, train=train, mutable=mutable)
+        return outputs, jax.lax.with_sharding_constraint(new, PartitionSpec())
+
+    def batches(feed: Feed) -> list[Any]:
+        size = min(rows, len(feed.images))
+        count = min(BATCHES, len(feed.images) // size)
+        order = np.random.default_rng(0).permutation(len(feed.images))[: count * size]
+        stacked = feed.batches(plan(order, [size] * count, multiple))
+        each = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]
+        return [(batch, feed.pool) for batch in each]
+
+    train, test = map(batches, feeds)
+    return explain_gap(apply, variables, train, test, scores=scores)
+
+
+def told_apart(first: float, second: float, samples: int) -> bool:
+    """Whether two accuracies differ by more than twice what the choice of the samples explains."""
+    variance = (first * (1 - first) + second * (1 - second)) / samples
+    return abs(first - second) > 2 * float(np.sqrt(variance))
 
 
 def comparison_table(histories: dict[str, list[Epoch]]) -> Table:

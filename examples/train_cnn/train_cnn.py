@@ -32,7 +32,7 @@ from batches import training_sizes
 from checkpoints import CheckpointError, Checkpoints, hush
 from command_line import BATCH_SIZE, LARGEST, parse
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from layers import LOOKED_AT, comparison_table, inspected, layer_table
+from layers import LOOKED_AT, comparison_table, explanation, inspected, layer_table, told_apart
 from model import MODELS, NORMS, Layers, Norm
 from rich.console import Console
 from steps import Recipe, optimizer
@@ -256,6 +256,7 @@ def report(trainer: Trainer, console: Console) -> None:
         variables = trainer.state.variables
         seen = inspected(model, variables, trainer.train, trainer.multiple)
         console.print(layer_table(seen, min(LOOKED_AT, len(dataset.x_train))))
+        explain(trainer, batch, inference, console)
     seconds = sum(epoch.seconds for epoch in history)
     waited = sum(epoch.waited for epoch in history) / seconds
     console.print(f"{seconds:.1f} seconds of training, {waited:.1%} of them waiting for data")
@@ -264,6 +265,19 @@ def report(trainer: Trainer, console: Console) -> None:
         figures.draw_run(flags.output, title, history, results, dataset)
         kept = f"checkpoints, metrics.jsonl and figures are in {flags.output}"
         console.print(kept, soft_wrap=True)
+
+
+def explain(trainer: Trainer, batch: float, inference: float, console: Console) -> None:
+    """Says why the modes differ, where they do or something is wrong with the statistics."""
+    if trainer.flags.norm == "flax":  # its layers cannot be asked
+        return
+    feeds = trainer.train, trainer.test
+    model, variables = trainer.recipe.model, trainer.state.variables
+    scores = batch, inference
+    found = explanation(model, variables, feeds, max(trainer.sizes), trainer.multiple, scores)
+    if found or told_apart(*scores, len(trainer.dataset.x_test)):
+        title = "why inference mode differs from the statistics of batches"
+        console.print(f"{title}: {found}", soft_wrap=True, highlight=False, markup=False)
 
 
 def run_all(flags: argparse.Namespace, arguments: list[str], sharding: NamedSharding) -> None:

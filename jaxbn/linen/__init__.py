@@ -4,6 +4,8 @@
 `BatchNorm2d` and `BatchNorm3d` have those of torch.
 """
 
+from jaxbn.linen._diagnosis import explain_gap as explain_gap
+from jaxbn.linen._diagnosis import report as report
 from jaxbn.linen._flax import BatchNorm as BatchNorm
 from jaxbn.linen._recalibrate import init_batch_moments as init_batch_moments
 from jaxbn.linen._recalibrate import recalibrate as recalibrate

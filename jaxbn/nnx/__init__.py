@@ -4,6 +4,8 @@
 `BatchNorm2d` and `BatchNorm3d` have those of torch.
 """
 
+from jaxbn.nnx._diagnosis import explain_gap as explain_gap
+from jaxbn.nnx._diagnosis import report as report
 from jaxbn.nnx._flax import BatchNorm as BatchNorm
 from jaxbn.nnx._freeze import freeze as freeze
 from jaxbn.nnx._freeze import unfreeze as unfreeze

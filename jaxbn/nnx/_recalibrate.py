@@ -47,7 +47,7 @@ count=Array([0.], dtype=float32))
       `jaxbn.Moments`, `jaxbn.merge_moments`.
     """
     for layer in _chosen(model, where).values():
-        _attach(layer)
+        attach_moments(layer)
 
 
 def update_batch_stats(model: nnx.Module) -> None:
@@ -183,7 +183,7 @@ def _of_batch(
     layers = {name: v for name, v in chosen_layers(model, ...).items() if name in running}
     for name, layer in layers.items():
         _set(layer, running[name])
-        _attach(layer)
+        attach_moments(layer)
         layer.use_running_average = not train
     call(model, batch)
     moments = {name: moments_in(layer) for name, layer in layers.items()}
@@ -216,7 +216,7 @@ def _keeps(module: Any) -> bool:
     return all(isinstance(getattr(module, name, None), nnx.BatchStat) for name in ("mean", "var"))
 
 
-def _attach(layer: BatchNormLayer) -> None:
+def attach_moments(layer: BatchNormLayer) -> None:
     layer.moments = BatchMoments(Moments(**empty_moments(_running(layer))))
 
 

@@ -12,6 +12,7 @@ import pytest
 import train_cnn
 from command_line import parse
 from helpers import training
+from layers import told_apart
 from model import NORMS
 
 pytestmark = [pytest.mark.trained, pytest.mark.usefixtures("standard_promotion")]
@@ -69,6 +70,7 @@ def test_default_flags_reach_their_accuracy(flags, epochs, least, apart, capsys)
     assert abs(inference - batch) <= apart
     assert len(log(output)) == epochs
     assert "batch norm over 1024 training images, against running statistics" in output
+    assert "why inference mode differs" not in output
 
 
 @pytest.mark.parametrize(
@@ -85,6 +87,26 @@ def test_same_seed_same_result(flags, few, monkeypatch, capsys):
     assert first == again
     assert first != other
     assert len(accuracies(outputs[0])) == (1 if "none" in flags else 2)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "kind"),
+    [("0.95", "momentum"), ("0", "momentum_of_zero"), ("0.01", "too_few_steps")],
+)
+def test_the_end_explains_why_the_modes_differ(momentum, kind, few, monkeypatch, capsys):
+    training.keep(monkeypatch.setattr)
+    assert train_cnn.main([*few, "--momentum", momentum]) == 0
+    output = capsys.readouterr().out
+    assert re.findall(r"^(\w+): The running statistics", output, re.MULTILINE) == [kind]
+    assert "What to do: " in output
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "samples", "apart"),
+    [(0.9, 0.9, 100, False), (0.9, 0.85, 100, False), (0.9, 0.85, 10_000, True), (1, 0, 3, True)],
+)
+def test_accuracies_are_told_apart(first, second, samples, apart):
+    assert told_apart(first, second, samples) == apart
 
 
 def png_size(path):

@@ -1,0 +1,1 @@
+"""What running statistics say of a model: a report of its layers, and causes of wrong inference."""

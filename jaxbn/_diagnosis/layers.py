@@ -1,0 +1,215 @@
+"""The layers of a model as a diagnosis sees them: statistics, moments of batches, settings."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxbn._moments import Moments, merge_moments
+from jaxbn._stats import BatchStats
+from jaxbn._weight_decay import names_on
+
+Array = NDArray[np.float64]
+
+TINY = float(np.finfo(np.float32).tiny)
+
+
+class Settings(NamedTuple):
+    """What is known of a layer beside its arrays.
+
+    Attributes:
+      epsilon: what is added to the variance.
+      momentum: weight of the **new** batch in the running statistics, a number; None if unknown.
+      samples: samples in a batch, fewer than values where a sample has positions; None if unknown.
+      frozen: whether the layer normalizes by its statistics and leaves them, in training too.
+      updates: whether a batch goes into its statistics.
+      by_batch: whether the batch normalizes itself, in training mode and in inference mode; None
+        where that is unknown.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float | None = None
+    samples: int | None = None
+    frozen: bool = False
+    updates: bool = True
+    by_batch: tuple[bool | None, bool | None] = (None, None)
+
+
+class Known(NamedTuple):
+    """Mean and variance of each channel in float64, and how many values of a channel they are of.
+
+    The number is that of batches in running statistics, and None where it is not kept.
+    """
+
+    mean: Array
+    var: Array
+    count: float | None  # type: ignore[assignment]  # shadows tuple.count, as documented
+
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """Where mean and variance are numbers that a variance can be."""
+        return np.isfinite(self.mean) & np.isfinite(self.var) & (self.var >= 0)
+
+
+class Layer(NamedTuple):
+    """One batch norm.
+
+    Attributes:
+      path: its place in the model, with "/" between the names.
+      running: the running statistics.
+      narrow: the dtype of the running statistics where that is narrower than float32.
+      batches: the moments of each training batch, normalized by its own statistics.
+      training: those of all of them.
+      in_inference: the moments of each of the same batches in inference mode.
+      inference: those of all of them; None where these are not known.
+      evaluation: those of the evaluation batches in inference mode; None where not known.
+      scale: the parameter of that name, if there is one.
+      bias: the same.
+      settings: what else is known.
+    """
+
+    path: str
+    running: Known
+    narrow: str | None
+    batches: list[Known]
+    training: Known | None
+    in_inference: list[Known]
+    inference: Known | None
+    evaluation: Known | None
+    scale: Array | None
+    bias: Array | None
+    settings: Settings
+
+    @property
+    def samples(self) -> float:
+        """Samples in a batch: at most as many as there are values in a channel."""
+        count = min((b.count or 0.0 for b in self.batches), default=0.0)
+        return min(count, self.settings.samples or count)
+
+
+def gathered(
+    variables: Any,
+    batches: Any,
+    inference: Any = (),
+    evaluation: Any = (),
+    settings: Settings | Mapping[str, Settings] | None = None,
+) -> list[Layer]:
+    """The layers in the order of `settings`, if these are by path; else by path."""
+    whole = isinstance(variables, Mapping) and "batch_stats" in variables
+    stats = _layers(variables["batch_stats"] if whole else variables, "`variables`")
+    parameters = _parameters(variables.get("params", {}) if whole else {})
+    kinds = [_by_layer(stats, trees) for trees in (batches, inference, evaluation)]
+    given = settings if isinstance(settings, Mapping) else {}
+    each = settings if isinstance(settings, Settings) else Settings()
+    order = {path: place for place, path in enumerate(given)}
+    paths = sorted(stats, key=lambda path: (order.get(path, len(order)), _natural(path)))
+    return [
+        Layer(
+            path,
+            _known(stats[path]),
+            _narrow(stats[path]),
+            [_known(moments) for moments in kinds[0][path]],
+            _merged(kinds[0][path]),
+            [_known(moments) for moments in kinds[1][path]],
+            _merged(kinds[1][path]),
+            _merged(kinds[2][path]),
+            _vector(parameters.get((path, "scale"))),
+            _vector(parameters.get((path, "bias"))),
+            given.get(path, each),
+        )
+        for path in paths
+    ]
+
+
+def _layers(tree: Any, name: str) -> dict[str, dict[str, Any]]:
+    """The arrays of each node that has a mean and a variance, by path."""
+    found = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_layer):
+        if _is_layer(node):
+            arrays = node._asdict() if isinstance(node, (BatchStats, Moments)) else node
+            values = {key: jax.tree.leaves(arrays[key])[0] for key in arrays}  # NNX wraps them
+            found["/".join(names_on(path))] = values
+    if not found:
+        raise ValueError(
+            f"{name} must hold mean and var of at least one batch norm: BatchStats, Moments, or "
+            f"nested dicts such as the collection `batch_stats`; got {type(tree).__name__}."
+        )
+    return found
+
+
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, (BatchStats, Moments)) or (
+        isinstance(node, Mapping) and "mean" in node and "var" in node
+    )
+
+
+def _parameters(params: Any) -> dict[tuple[str, str], Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    named = ((names_on(path), leaf) for path, leaf in leaves)
+    return {("/".join(names[:-1]), names[-1]): leaf for names, leaf in named if names}
+
+
+def _by_layer(
+    stats: Mapping[str, Mapping[str, Any]], trees: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """The moments of each layer, of one batch or of several."""
+    several = isinstance(trees, Sequence) and not isinstance(trees, Moments)
+    found = [_layers(tree, "`batches`") for tree in (trees if several else [trees])]
+    for moments in found:
+        if moments.keys() != stats.keys():
+            raise ValueError(
+                "The moments of a batch must be those of the layers with running statistics, "
+                f"{', '.join(stats)}; got {', '.join(moments)}."
+            )
+        for path, arrays in moments.items():
+            if "count" not in arrays:
+                raise ValueError(f"The moments of {path!r} must have a count; got mean and var.")
+            shapes = [np.shape(v) for v in (stats[path]["mean"], arrays["mean"])]
+            if np.prod(shapes[0], dtype=int) != np.prod(shapes[1], dtype=int):
+                raise ValueError(
+                    f"Statistics and moments of {path!r} must describe the same channels; got the "
+                    f"shapes {shapes[0]} and {shapes[1]}. Of statistics that are replicated over "
+                    "devices take one: jax.tree.map(lambda v: v[0], batch_stats)."
+                )
+    return {path: [moments[path] for moments in found] for path in stats}
+
+
+def _vector(value: Any) -> Array | None:
+    return None if value is None else np.asarray(value, np.float64).reshape(-1)
+
+
+def _known(arrays: Mapping[str, Any]) -> Known:
+    mean, var = (np.asarray(arrays[name], np.float64).reshape(-1) for name in ("mean", "var"))
+    count = arrays.get("count")
+    return Known(mean, var, None if count is None else float(np.max(np.asarray(count))))
+
+
+def _narrow(arrays: Mapping[str, Any]) -> str | None:
+    dtype = np.asarray(arrays["mean"]).dtype
+    return str(dtype) if dtype.itemsize < 4 else None
+
+
+def _merged(several: Sequence[Mapping[str, Any]]) -> Known | None:
+    """The moments of all batches together; None where the layer saw nothing."""
+    vectors = [
+        Moments(*(jnp.ravel(jnp.asarray(arrays[name], jnp.float32)) for name in Moments._fields))
+        for arrays in several
+    ]
+    vectors = [v._replace(count=jnp.broadcast_to(v.count, v.mean.shape)) for v in vectors]
+    if not any(bool((v.count > 0).any()) for v in vectors):
+        return None
+    return _known(merge_moments(*vectors)._asdict())
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return list(_parts(path))
+
+
+def _parts(path: str) -> Iterator[tuple[int, str]]:
+    """The words and numbers of a path, so that layer 10 comes after layer 2."""
+    for number, word in re.findall(r"(\d+)|(\D+)", path):
+        yield int(number or 0), word

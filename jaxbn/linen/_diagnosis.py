@@ -1,0 +1,161 @@
+"""Diagnosis of Linen models: batches go through both modes, and layers merge their moments."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from jaxbn._checks import check_collections
+from jaxbn._diagnosis.gap import Explanation
+from jaxbn._diagnosis.gap import explain_gap as _explain_gap
+from jaxbn._diagnosis.layers import Settings
+from jaxbn._diagnosis.report import Report
+from jaxbn._diagnosis.report import report as _report
+from jaxbn._flax.diagnosis import as_list, settings_of
+from jaxbn._flax.layer import modes
+from jaxbn.linen._flax import BatchNorm
+from jaxbn.linen._recalibrate import Apply, init_batch_moments
+from jaxbn.linen._torch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+LAYERS = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
+
+
+def report(apply: Apply, variables: Mapping[str, Any], batches: Any) -> Report:
+    """Compares the running statistics of each batch norm of a model with batches.
+
+    Args:
+      apply: a function `(variables, batch, train, mutable) -> (outputs, updates)` that calls
+        `model.apply` as training does: `lambda variables, batch, train, mutable: model.apply(
+        variables, batch["image"], train=train, mutable=mutable)`, with masks and keys of dropout.
+      variables: the collections `params` and `batch_stats`; they stay as they are.
+      batches: training batches: a list or another iterable of batches, or one batch, which is an
+        array, a tuple or a dict. Each goes through the model in training mode.
+
+    Returns:
+      A `Report`: for each path a `LayerReport`, in the order of the network; `str` makes a table.
+
+    Raises:
+      ValueError: a collection is not there, `batches` are none, or `apply` does not return the
+        updates of the collections in `mutable`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbn.linen
+      >>> model = jaxbn.linen.BatchNorm()
+      >>> x = 3 + jax.random.normal(jax.random.key(0), (64, 2))
+      >>> variables = model.init(jax.random.key(1), x, use_running_average=True)
+      >>> def apply(variables, batch, train, mutable):
+      ...     return model.apply(variables, batch, not train, mutable=mutable)
+      >>> report = jaxbn.linen.report(apply, variables, x)
+      >>> report[""].never_updated
+      True
+
+    References:
+      `jaxbn.report`.
+    """
+    seen = _Seen(apply, variables)
+    moments = seen.moments(batches, train=True)
+    return _report(variables, moments, settings=seen.settings)
+
+
+def explain_gap(
+    apply: Apply,
+    variables: Mapping[str, Any],
+    batches: Any,
+    evaluation: Any = None,
+    *,
+    scores: tuple[float, float] | None = None,
+) -> Explanation:
+    """Says why a model differs between training mode and inference mode, and what to do.
+
+    Args:
+      apply: as for `report`.
+      variables: as for `report`.
+      batches: as for `report`. Give five or more, in the order of training and with the newest
+        last: some faults show only between batches.
+      evaluation: batches of the evaluation, if these are others.
+      scores: accuracy or loss in training mode and in inference mode, to be told.
+
+    Returns:
+      An `Explanation`, a tuple of `Finding`: empty where nothing is wrong. `str` tells it in words.
+
+    Raises:
+      ValueError: as for `report`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbn.linen
+      >>> model = jaxbn.linen.BatchNorm()
+      >>> x = 3 + jax.random.normal(jax.random.key(0), (8, 64, 2))
+      >>> variables = model.init(jax.random.key(1), x[0], use_running_average=True)
+      >>> def apply(variables, batch, train, mutable):
+      ...     return model.apply(variables, batch, not train, mutable=mutable)
+      >>> jaxbn.linen.explain_gap(apply, variables, list(x)).kinds
+      ['not_written_back']
+
+    References:
+      `jaxbn.explain_gap`.
+    """
+    seen = _Seen(apply, variables)
+    batches = as_list(batches)
+    training, inference = (seen.moments(batches, train=train) for train in (True, False))
+    others = [] if evaluation is None else seen.moments(evaluation, train=False)
+    return _explain_gap(
+        variables,
+        training,
+        inference=inference,
+        evaluation=others,
+        settings=seen.settings,
+        scores=scores,
+    )
+
+
+class _Seen:
+    """What is seen of a model while batches go through it."""
+
+    def __init__(self, apply: Apply, variables: Mapping[str, Any]) -> None:
+        check_collections(variables)
+        self.apply, self.variables = apply, variables
+        self.by_batch: dict[tuple[str, bool], bool | None] = {}
+        self.settings: dict[str, Settings] = {}  # by the order of the calls
+        self.collect = jax.jit(self._collect, static_argnums=2)
+
+    def moments(self, batches: Any, train: bool) -> list[Any]:
+        """The moments of each batch."""
+        found = [self.collect(self.variables, batch, train) for batch in as_list(batches)]
+        if not found:
+            raise ValueError("`batches` must have at least one batch; got none.")
+        return found
+
+    def _collect(self, variables: Mapping[str, Any], batch: Any, train: bool) -> Any:
+        start = init_batch_moments(variables["batch_stats"])
+        mutable = ["batch_moments", *(name for name in variables if name != "params")]
+
+        def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            if isinstance(context.module, LAYERS) and context.method_name == "__call__":
+                self._record(context.module, batch, train, args, kwargs)
+                if context.module.update_stats is False:  # would merge no batch either
+                    object.__setattr__(context.module, "update_stats", None)
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(record):
+            _, updates = self.apply({**variables, "batch_moments": start}, batch, train, mutable)
+        if "batch_moments" not in updates:
+            raise ValueError(
+                "`apply` must return the outputs and the updates of the collections in `mutable`; "
+                f"got updates of {', '.join(map(repr, updates)) or 'none'}. Pass mutable=mutable "
+                "to model.apply."
+            )
+        return updates["batch_moments"]
+
+    def _record(
+        self, layer: nn.Module, batch: Any, train: bool, args: Any, kwargs: Mapping[str, Any]
+    ) -> None:
+        path = "/".join(layer.path)
+        chosen = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
+        chosen = layer.use_running_average if chosen is None else chosen
+        mode = None if chosen is None and not layer.frozen else modes(layer, chosen)[0]
+        self.by_batch[path, train] = mode if isinstance(mode, bool) else None
+        both = self.by_batch.get((path, True)), self.by_batch.get((path, False))
+        samples = self.settings[path].samples if path in self.settings else None
+        settings = settings_of(layer, batch, both)
+        self.settings[path] = settings._replace(samples=samples or settings.samples)

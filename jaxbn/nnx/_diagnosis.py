@@ -1,0 +1,153 @@
+"""Diagnosis of NNX models: batches go through copies in both modes, whose layers merge moments."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxbn._diagnosis.gap import Explanation
+from jaxbn._diagnosis.gap import explain_gap as _explain_gap
+from jaxbn._diagnosis.layers import Settings
+from jaxbn._diagnosis.report import Report
+from jaxbn._diagnosis.report import report as _report
+from jaxbn._flax.diagnosis import as_list, settings_of
+from jaxbn.nnx._recalibrate import attach_moments
+from jaxbn.nnx._variables import BatchNormLayer
+
+Call = Callable[[Any, Any], Any]
+
+
+def _called(model: Any, batch: Any) -> Any:
+    return model(batch)
+
+
+def report(model: nnx.Module, batches: Any, *, call: Call = _called) -> Report:
+    """Compares the running statistics of each batch norm of a model with batches.
+
+    Args:
+      model: a module, which stays as it is.
+      batches: training batches: a list or another iterable of batches, or one batch, which is an
+        array, a tuple or a dict. Each goes through a copy of the model in training mode.
+      call: a function `(model, batch)` that calls the model as training does, with masks; by
+        default `model(batch)`. The mode is chosen before.
+
+    Returns:
+      A `Report`: for each path a `LayerReport`, in the order of the model; `str` makes a table.
+
+    Raises:
+      ValueError: the model has no batch norm with running statistics, or `batches` are none.
+
+    Example:
+      >>> import jax, jaxbn.nnx
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(jaxbn.nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+      >>> x = 3 + jax.random.normal(jax.random.key(0), (64, 2))
+      >>> jaxbn.nnx.report(model, x)["layers/0"].never_updated
+      True
+
+    References:
+      `jaxbn.report`.
+    """
+    moments = _moments(model, batches, call, train=True)
+    variables, settings = _variables(model, as_list(batches))
+    return _report(variables, moments, settings=settings)
+
+
+def explain_gap(
+    model: nnx.Module,
+    batches: Any,
+    evaluation: Any = None,
+    *,
+    call: Call = _called,
+    scores: tuple[float, float] | None = None,
+) -> Explanation:
+    """Says why a model differs between training mode and inference mode, and what to do.
+
+    Args:
+      model: a module, which stays as it is.
+      batches: as for `report`. Give five or more, in the order of training and with the newest
+        last: some faults show only between batches.
+      evaluation: batches of the evaluation, if these are others.
+      call: as for `report`.
+      scores: accuracy or loss in training mode and in inference mode, to be told.
+
+    Returns:
+      An `Explanation`, a tuple of `Finding`: empty where nothing is wrong. `str` tells it in words.
+
+    Raises:
+      ValueError: as for `report`.
+
+    Example:
+      >>> import jax, jaxbn.nnx
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(jaxbn.nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+      >>> x = 3 + jax.random.normal(jax.random.key(0), (8, 64, 2))
+      >>> jaxbn.nnx.explain_gap(model, list(x)).kinds
+      ['not_written_back']
+
+    References:
+      `jaxbn.explain_gap`.
+    """
+    batches = as_list(batches)
+    training, inference = (_moments(model, batches, call, train=train) for train in (True, False))
+    others = [] if evaluation is None else _moments(model, evaluation, call, train=False)
+    variables, settings = _variables(model, batches)
+    return _explain_gap(
+        variables,
+        training,
+        inference=inference,
+        evaluation=others,
+        settings=settings,
+        scores=scores,
+    )
+
+
+def _layers(model: nnx.Module) -> dict[str, Any]:
+    """The batch norms with running statistics, by path."""
+    found = {
+        "/".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, BatchNormLayer) and getattr(module, "mean", None) is not None
+    }
+    if not found:
+        raise ValueError("`model` must have a batch norm of jaxbn.nnx with running statistics.")
+    return found
+
+
+def _variables(model: nnx.Module, batches: list[Any]) -> tuple[Any, dict[str, Settings]]:
+    """What the functions take of a model: its collections, and the settings of its layers."""
+    layers = _layers(model)
+    names = ("mean", "var", "count")
+    stats = {
+        path: {n: v[...] for n in names if (v := getattr(layer, n, None)) is not None}
+        for path, layer in layers.items()
+    }
+    params = {
+        path: {n: v[...] for n in ("scale", "bias") if (v := getattr(layer, n)) is not None}
+        for path, layer in layers.items()
+    }
+    settings = {v: settings_of(layer, batches[0], (None, None)) for v, layer in layers.items()}
+    return {"params": params, "batch_stats": stats}, settings
+
+
+def _moments(model: nnx.Module, batches: Any, call: Call, *, train: bool) -> list[Any]:
+    """The moments of each batch, by the path of the layer."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def collect(state: Any, batch: Any) -> Any:
+        copy = nnx.merge(graphdef, state)
+        copy.train() if train else copy.eval()
+        layers = _layers(copy)
+        for layer in layers.values():
+            attach_moments(layer)
+            if layer.update_stats is False:  # would merge no batch either
+                layer.update_stats = None
+        call(copy, batch)
+        return {path: layer.moments.get_value() for path, layer in layers.items()}
+
+    found = [collect(state, batch) for batch in as_list(batches)]
+    if not found:
+        raise ValueError("`batches` must have at least one batch; got none.")
+    return found
