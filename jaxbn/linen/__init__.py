@@ -4,6 +4,8 @@
 `BatchNorm2d` and `BatchNorm3d` have those of torch.
 """
 
+from jaxbn.linen._convert import convert as convert
+from jaxbn.linen._convert import converted as converted
 from jaxbn.linen._flax import BatchNorm as BatchNorm
 from jaxbn.linen._torch import BatchNorm1d as BatchNorm1d
 from jaxbn.linen._torch import BatchNorm2d as BatchNorm2d

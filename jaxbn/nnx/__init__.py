@@ -4,6 +4,7 @@
 `BatchNorm2d` and `BatchNorm3d` have those of torch.
 """
 
+from jaxbn.nnx._convert import convert as convert
 from jaxbn.nnx._flax import BatchNorm as BatchNorm
 from jaxbn.nnx._freeze import freeze as freeze
 from jaxbn.nnx._freeze import unfreeze as unfreeze
