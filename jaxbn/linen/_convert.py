@@ -154,6 +154,8 @@ def _checked(method: Callable[..., Any], conversion: "Conversion") -> Callable[.
 
     @nn.nowrap
     def checked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if active.value is not None:  # inside of another call, whose interceptors come first
+            return method(self, *args, **kwargs)
         met = set()
 
         def meet(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Context) -> Any:
@@ -162,6 +164,7 @@ def _checked(method: Callable[..., Any], conversion: "Conversion") -> Callable[.
 
         with nn.intercept_methods(meet):
             result = method(self, *args, **kwargs)
+        met = {kind for kind in met if kind.__module__ != nn.transforms.__name__}  # lifted ones
         others = [_name(kind) for kind in met if "BatchNorm" in kind.__name__]
         if others and not met & conversion.classes:
             raise ValueError(
@@ -217,7 +220,7 @@ class Conversion:
         chosen = kind in self.classes and context.method_name == "__call__"
         if not chosen or scope is None or active.value != self:
             return next_fun(*args, **kwargs)
-        fields = _fields(module) | self.fields
+        fields = _fields(module, kind) | self.fields
         if module.is_initializing() and kind is not nn.BatchNorm:
             next_fun(*args, **kwargs)  # makes the variables in its own way
         layer = _flax.BatchNorm(**fields, parent=None)
@@ -236,14 +239,16 @@ def _conversion(classes: Collection[type[nn.Module]], fields: dict[str, Any]) ->
     return Conversion(frozenset(classes), _key(sorted(fields.items())), fields)
 
 
-def _fields(module: nn.Module) -> dict[str, Any]:
+def _fields(module: nn.Module, kind: type) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(module)} - OF_MODULES
     if unknown := [name for name in names - FIELDS if not name.endswith("_init")]:
         raise ValueError(
             "A class in `classes` must have no fields but Flax's and initializers; "
-            f"{_name(type(module))} also has "
+            f"{_name(kind)} also has "
             f"{', '.join(sorted(unknown))}, of which jaxbn.linen.BatchNorm knows nothing."
         )
+    if kind is not nn.BatchNorm:  # it has made its variables
+        names = {name for name in names if not name.endswith("_init")}
     return {name: getattr(module, name) for name in names & FIELDS}
 
 
