@@ -41,14 +41,19 @@ def test_a_converted_resnet_is_one_that_names_ours():
     assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, results), strict=True))
 
 
-def test_a_package_with_a_copy_of_flax_s_class():
+def test_a_package_with_a_copy_of_flax_s_class(monkeypatch):
     ops = pytest.importorskip("flaxmodels.resnet.ops", reason="flaxmodels is not installed")
     import flaxmodels
 
     model = flaxmodels.ResNet18(output="logits", pretrained=None, num_classes=3)
     converted = linen.convert(model, classes=[ops.BatchNorm])
-    data = third_party.batches(4, 32, 32, 3)[:2]
+    data = third_party.batches(8, 64, 64, 3)[:1]
     variables = jax.jit(model.init)(jax.random.key(1), data[0][0])
-    pair = [third_party.train_linen(v, variables, data) for v in (model, converted)]
-    for expected, actual in zip(*pair, strict=True):
-        assert 0 < third_party.difference(actual, expected) < 1e-4
+    theirs, ours = (third_party.train_linen(v, variables, data) for v in (model, converted))
+    monkeypatch.setattr(ops, "BatchNorm", linen.BatchNorm)
+    written = third_party.train_linen(model, variables, data)
+    for original, actual, expected in zip(theirs, ours, written, strict=True):
+        assert third_party.difference(actual, expected) == 0
+        # In float32 the gradients of this network, theirs and ours, have two correct digits.
+        limit = 0.05 if original is theirs.gradients else 1e-5
+        assert 0 < third_party.difference(actual, original) < limit
