@@ -16,7 +16,7 @@ from jaxbn.linen import _flax
 Model = TypeVar("Model", bound=nn.Module)
 
 OF_MODULES = {"parent", "name"}
-# These fields say which variables there are, which stay.
+# These fields say which variables there are; a model keeps those that it has.
 OF_VARIABLES = {
     *("use_scale", "use_bias", "scale_init", "bias_init", "param_dtype"),
     *("force_float32_reductions", "num_domains", "shared_affine"),
@@ -25,7 +25,7 @@ Context = nn.module.InterceptorContext
 
 FIELDS = {field.name for field in dataclasses.fields(_flax.BatchNorm)} - OF_MODULES
 
-# JAX compiles anew where a program that it knows meets another conversion.
+# The conversion in force. Programs of `jax.jit` are compiled for one of them.
 active: Any = jax.make_user_context(None)
 
 
@@ -35,9 +35,9 @@ def converted(
 ) -> Iterator[None]:
     """Context in which `jaxbn.linen.BatchNorm` computes every `flax.linen.BatchNorm`.
 
-    This is for models that one cannot edit. Variables and checkpoints stay as they are. The context
-    must be active where the model is traced. `jax.jit` compiles anew for another conversion. Of
-    nested contexts, the inner one counts.
+    This is for models that one cannot edit. Variables and checkpoints stay as they are. A program
+    of `jax.jit` that was compiled outside of the context is compiled anew in it. The inner one of
+    nested contexts counts.
 
     Args:
       classes: which classes stand for Flax's: copies of it, subclasses that change nothing but
@@ -87,8 +87,8 @@ def convert(
       The copy.
 
     Raises:
-      ValueError: the model is bound, or part of another; see `converted`. When the model
-        runs: all of its batch norms are of other classes.
+      ValueError: the model is bound, or part of another; see `converted`. `init` and `apply` of the
+        copy raise it if all batch norms are of other classes.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -137,7 +137,7 @@ def _subclass(kind: type[nn.Module], conversion: "Conversion") -> type[Any]:
     names = {name for base in kind.__mro__ for name in vars(base)} - {*dir(nn.Module)}
     names -= {field.name for field in dataclasses.fields(kind)}
     names = {name for name in names if inspect.isfunction(inspect.getattr_static(kind, name))}
-    methods = {name: within(name) for name in names | {"__call__"}}
+    methods = {name: within(name) for name in names}
     for name in ("init_with_output", "apply"):  # they take any function of a module, too
         methods[name] = _checked(within(name), conversion)
     about = {
@@ -165,7 +165,11 @@ def _checked(method: Callable[..., Any], conversion: "Conversion") -> Callable[.
         with nn.intercept_methods(meet):
             result = method(self, *args, **kwargs)
         met = {kind for kind in met if kind.__module__ != nn.transforms.__name__}  # lifted ones
-        others = [_name(kind) for kind in met if "BatchNorm" in kind.__name__]
+        others = [
+            _name(kind)
+            for kind in met
+            if "BatchNorm" in kind.__name__ or issubclass(kind, (*conversion.classes,))
+        ]
         if others and not met & conversion.classes:
             raise ValueError(
                 "`classes` must name the batch norms of the model; got "
@@ -224,7 +228,7 @@ class Conversion:
         if module.is_initializing() and kind is not nn.BatchNorm:
             next_fun(*args, **kwargs)  # makes the variables in its own way
         layer = _flax.BatchNorm(**fields, parent=None)
-        # The function alone: Linen has wrapped what it wraps around methods around the module's.
+        # Without what Linen wraps around a method: it is around the call of `module` already.
         compute = inspect.unwrap(_flax.BatchNorm.__call__)
         return compute(BatchNorm(layer, scope.rewound()), *args, **kwargs)
 

@@ -501,6 +501,8 @@ def test_subclasses_of_flax_s_are_left_alone():
     with linen.converted():
         y, _ = apply()
     assert bits(y) == bits(apply()[0])
+    with pytest.raises(ValueError, match=r"`classes` must name .* for one with .*Louder"):
+        linen.convert(layer).init(KEY, batch())
 
 
 def test_what_linen_refuses():
