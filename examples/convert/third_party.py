@@ -126,7 +126,7 @@ def main() -> None:
     print(f"{'':12}" + "".join(f"{name:>12}" for name in Trained._fields))
     for package, run in PAIRS.items():
         if importlib.util.find_spec(package) is None:
-            print(f"{package:12} is not installed")
+            print(f"{package:12} is not installed: pip install {package.replace('_', '-')}")
             continue
         theirs, ours = run()
         apart = [difference(*pair) for pair in zip(ours, theirs, strict=True)]
