@@ -4,6 +4,8 @@
 `BatchNorm2d` and `BatchNorm3d` have those of torch.
 """
 
+from jaxbn.linen._convert import convert as convert
+from jaxbn.linen._convert import converted as converted
 from jaxbn.linen._diagnosis import explain_gap as explain_gap
 from jaxbn.linen._diagnosis import report as report
 from jaxbn.linen._flax import BatchNorm as BatchNorm

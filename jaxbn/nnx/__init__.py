@@ -4,6 +4,7 @@
 `BatchNorm2d` and `BatchNorm3d` have those of torch.
 """
 
+from jaxbn.nnx._convert import convert as convert
 from jaxbn.nnx._diagnosis import explain_gap as explain_gap
 from jaxbn.nnx._diagnosis import report as report
 from jaxbn.nnx._flax import BatchNorm as BatchNorm

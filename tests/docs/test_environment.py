@@ -17,6 +17,7 @@ MORE = {
     "mobilenet_torch.py": {"torch"},
     "import_torch_model.py": {"safetensors"},
     "onnx_file.py": {"onnx"},
+    "third_party.py": {"jax_resnet", "jaxkit"},
 }
 TRAINER = """
 import sys

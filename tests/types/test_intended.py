@@ -5,6 +5,8 @@ from typing import assert_type
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as flax_linen
+from flax import nnx as flax_nnx
 from flax.nnx import Rngs
 
 import jaxbn
@@ -58,6 +60,16 @@ def test_folding() -> None:
     before = np.bool_(True)
     folded, bias = jaxbn.fold_into_dense(HOST.T, None, VECTOR, VECTOR, before=before)
     assert bias.shape == (6,)
+
+
+def test_converted_models_keep_their_type() -> None:
+    dense = flax_linen.Sequential([flax_linen.BatchNorm(use_running_average=True)])
+    assert_type(linen.convert(dense, axis_name="batch"), flax_linen.Sequential)
+    model = flax_nnx.Sequential(flax_nnx.BatchNorm(4, rngs=Rngs(0)))
+    assert_type(nnx.convert(model, to=nnx.BatchNorm2d, skip_nonfinite=True), flax_nnx.Sequential)
+    with linen.converted(classes=[flax_linen.BatchNorm], virtual_batch_size=2):
+        y = dense.init_with_output(jax.random.key(0), HOST)[0]
+    assert y.shape == HOST.shape
 
 
 def test_layers() -> None:
