@@ -141,6 +141,12 @@ def merge_moments(first: Moments, *others: Moments) -> Moments:
             "Merged moments must describe the same channels; got vectors of the shapes "
             f"{', '.join(map(str, sorted(shapes)))}."
         )
+    union: Moments = _union(sets)
+    return union
+
+
+@jax.jit
+def _union(sets: tuple[Moments, ...]) -> Moments:
     counts = jnp.broadcast_arrays(*(moments.count for moments in sets))
     mean, var = (jnp.stack(v) for v in zip(*(moments[:2] for moments in sets), strict=True))
     count = jnp.stack(counts)

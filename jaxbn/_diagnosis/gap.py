@@ -146,7 +146,11 @@ def explain_gap(
       generalization", UAI 2018, section 3.2.
     """
     layers = gathered(variables, batches, inference, evaluation, settings)
-    explanation = Explanation(explained(layers, LIMIT * (SUSPECTED if _differ(scores) else 1)))
+    limit = LIMIT * (SUSPECTED if _differ(scores, 0.1) else 1)
+    found = [*explained(layers, limit)]
+    if not found and _differ(scores, 0.02):
+        found = [*_grouped(_behind(layers))]
+    explanation = Explanation(found)
     explanation.scores = scores
     return explanation
 
@@ -168,9 +172,18 @@ def explained(layers: Sequence[Layer], limit: float) -> Iterator[Finding]:
 Found = tuple[Layer, Cause]
 
 
-def _differ(scores: tuple[float, float] | None) -> bool:
-    """Whether accuracy or loss differs between the modes by more than a tenth."""
-    return scores is not None and abs(scores[0] - scores[1]) > 0.1 * max(map(abs, scores))
+def _differ(scores: tuple[float, float] | None, part: float) -> bool:
+    """Whether accuracy or loss differs between the modes by more than a part of it."""
+    return scores is not None and abs(scores[0] - scores[1]) > part * max(map(abs, scores))
+
+
+def _behind(layers: Sequence[Layer]) -> Iterator[Found]:
+    """Statistics that are off by little, but by more than chance explains."""
+    for layer in layers:
+        if layer.training is not None:
+            apart = level(layer.running, layer.training, layer.settings.epsilon)
+            if apart > noise(layer):
+                yield layer, _cause("behind", layer, apart=apart, chance=noise(layer))
 
 
 def _cause(kind: str, layer: Layer, **numbers: float | str) -> Cause:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -195,12 +194,12 @@ def _narrow(arrays: Mapping[str, Any]) -> str | None:
 
 def _merged(several: Sequence[Mapping[str, Any]]) -> Known | None:
     """The moments of all batches together; None where the layer saw nothing."""
-    vectors = [
-        Moments(*(jnp.ravel(jnp.asarray(arrays[name], jnp.float32)) for name in Moments._fields))
-        for arrays in several
-    ]
-    vectors = [v._replace(count=jnp.broadcast_to(v.count, v.mean.shape)) for v in vectors]
-    if not any(bool((v.count > 0).any()) for v in vectors):
+    vectors = []
+    for arrays in several:
+        mean, var, count = (np.ravel(np.asarray(arrays[v], np.float32)) for v in Moments._fields)
+        each = mean, var, np.broadcast_to(count, mean.shape)
+        vectors.append(Moments(*map(jax.device_put, each)))
+    if not any(np.any(np.asarray(v.count) > 0) for v in vectors):
         return None
     return _known(merge_moments(*vectors)._asdict())
 

@@ -54,6 +54,11 @@ TEXTS = {
         "Train longer, give a new batch more weight, take momentum=None (the average of all "
         f"batches) in torch's layers, or {RECALIBRATE}.",
     ),
+    "behind": Text(
+        "The running statistics are {apart:.2g} std from those of the batches, and chance explains "
+        "{chance:.2g}: the weights change faster than the statistics follow.",
+        f"Train longer, let the learning rate fall to zero at the end, or {RECALIBRATE}.",
+    ),
     "unlike_batches": Text(
         "The batches are not alike: {share:.0%} of the variance is between them, and chance "
         "explains {chance:.0%}. Sorted data, one class or one source in each batch, do this.",

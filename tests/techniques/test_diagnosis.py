@@ -242,6 +242,18 @@ def test_too_few_steps_for_the_momentum(momentum, steps, data):
     assert found[0].numbers["part"] == pytest.approx(part, abs=0.1)
 
 
+def test_weights_that_change_faster_than_the_statistics_follow(data):
+    """Told where the scores of both modes differ, and nothing else explains it."""
+    model, batches = Network(), drawn(*data, 60)
+    variables = trained(model, batches, 0.1)
+    several = last(batches)
+    assert kinds(model, variables, several) == []
+    assert kinds(model, variables, several, scores=(0.9, 0.9)) == []
+    found = jaxbn.linen.explain_gap(applying(model), variables, several, scores=(0.9, 0.85))
+    assert found.kinds == ["behind"]
+    assert found[0].numbers["apart"] > found[0].numbers["chance"]
+
+
 def test_sorted_data(data):
     x, y = data
     order = np.argsort(y, kind="stable")
