@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._activation import Activation, check_keep_output
-from jaxbn._checks import check_bool, check_momentum
+from jaxbn._checks import check_bool, check_momentum, checked_input, checked_vector
 from jaxbn._conditional import is_conditional
 from jaxbn._core.devices import AxisIndexGroups, AxisName, spread
 from jaxbn._domains import by_domain
@@ -148,6 +148,8 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
         return cast(tuple[jax.Array, Stats], both)
     if stats is not None:
         stats = checked_stats(stats)
+        for name in ("mean", "var"):
+            checked_vector(getattr(stats, name), f"stats.{name}", *checked_input(x, axis))
     by_batch = functools.partial(
         batch_normalize, x, scale, bias, stats=stats, **of_batch, **devices, **options
     )

@@ -135,7 +135,13 @@ CASES = {
     "channels first": (
         lambda: infer(jnp.ones((8, 3, 4, 4))),
         ValueError,
-        "`mean` must have shape (4,), the size of `x` along axis=3; got (3,) for "
+        "`stats.mean` must have shape (4,), the size of `x` along axis=3; got (3,) for "
+        "x.shape=(8, 3, 4, 4). For channels-first inputs pass axis=1.",
+    ),
+    "channels first, in training": (
+        lambda: train(jnp.ones((8, 3, 4, 4))),
+        ValueError,
+        "`stats.mean` must have shape (4,), the size of `x` along axis=3; got (3,) for "
         "x.shape=(8, 3, 4, 4). For channels-first inputs pass axis=1.",
     ),
     "channels last": (
@@ -166,6 +172,11 @@ CASES = {
     ),
     "statistics of another size": (
         lambda: train(X, jaxbn.init_batch_stats(4)),
+        ValueError,
+        "`stats.mean` must have shape (3,), the size of `x` along axis=3; got (4,)",
+    ),
+    "moments of another size": (
+        lambda: jaxbn.update_batch_stats(jaxbn.init_batch_stats(4), jaxbn.batch_moments(X)),
         ValueError,
         "must describe the same channels; got stats.mean (4,), stats.var (4,), "
         "moments.mean (3,), moments.var (3,).",
@@ -639,12 +650,12 @@ CASES = {
     "statistics of another size, in inference": (
         lambda: infer(X, jaxbn.init_batch_stats(4)),
         ValueError,
-        "`mean` must have shape (3,), the size of `x` along axis=3; got (4,)",
+        "`stats.mean` must have shape (3,), the size of `x` along axis=3; got (4,)",
     ),
     "mean and variance of different sizes": (
         lambda: infer(X, STATS._replace(var=jnp.ones(4))),
         ValueError,
-        "`var` must have shape (3,), the size of `x` along axis=3; got (4,)",
+        "`stats.var` must have shape (3,), the size of `x` along axis=3; got (4,)",
     ),
     "statistics that are no triple": (
         lambda: train(X, {"mean": V3, "var": V3}),
