@@ -87,6 +87,15 @@ def parse(
     return flags
 
 
+def check_comparison(flags: argparse.Namespace, arguments: list[str]) -> None:
+    """Refuses one norm beside several."""
+    if flags.compare is not None and any(v.partition("=")[0] == "--norm" for v in arguments):
+        Parser(prog="train_cnn.py").error(
+            "--compare and --norm exclude each other; to compare some norms, name them after "
+            "--compare"
+        )
+
+
 def check_resumed(parser: Parser, flags: argparse.Namespace, saved: dict[str, Any]) -> None:
     """Refuses flags by which the steps already taken would have been others."""
     if flags.epochs < saved["epochs"]:

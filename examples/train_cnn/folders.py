@@ -43,6 +43,7 @@ def held(folder: pathlib.Path) -> Iterator[None]:
     """
     names = [CHECKPOINTS, METRICS, f"{METRICS}.part", *(f"{name}.png" for name in FIGURES)]
     kept = folder.absolute() / CHECKPOINTS
+    made = [path for path in (kept, kept.parent) if not path.exists()]
     try:
         refuse_others(folder, names, is_own(folder))
         kept.mkdir(parents=True, exist_ok=True)
@@ -58,4 +59,16 @@ def held(folder: pathlib.Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
-        yield
+        try:
+            yield
+        finally:
+            _forsake(kept, made)
+
+
+def _forsake(kept: pathlib.Path, made: list[pathlib.Path]) -> None:
+    """Removes the folders that a run made and has left empty."""
+    if kept in made and [path.name for path in kept.iterdir()] == [LOCK]:
+        (kept / LOCK).unlink()
+        for path in made:
+            if not any(path.iterdir()):
+                path.rmdir()

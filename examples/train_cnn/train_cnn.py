@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import processes
 from batches import training_sizes
 from checkpoints import CheckpointError, Checkpoints, hush
-from command_line import BATCH_SIZE, LARGEST, parse
+from command_line import BATCH_SIZE, LARGEST, check_comparison, parse
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from layers import LOOKED_AT, comparison_table, explanation, inspected, layer_table, told_apart
 from model import MODELS, NORMS, Layers, Norm
@@ -308,6 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; 0 when it went well."""
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = parse(DESCRIPTION, arguments)
+    check_comparison(flags, arguments)
     try:
         if flags.coordinator or flags.cluster:
             return processes.joined(flags, PREFIX, lambda: train(flags, arguments))

@@ -221,6 +221,7 @@ FLAGS = {
     "--data nowhere.npz": "nowhere.npz: no such file",
     "--output nowhere/run": "--output: must be a folder, or a new one in an existing folder",
     "--output README.md": "--output: must be a folder, or a new one in an existing folder",
+    "--compare --norm flax": "--compare and --norm exclude each other; to compare some norms, name",
     "--resume": "--resume takes an --output folder",
     "--save-every 3": "--save-every takes an --output folder",
     "--save-every 0 --output .": "--save-every: must be a whole number at least 1; got '0'",
@@ -311,3 +312,14 @@ def test_other_images_train_too(tmp_path, monkeypatch, capsys):
     assert accuracies(output)[0] == 100
     assert "of (9, 8, 3), 3 classes, cnn" in output
     assert "\n0 to 255 in an image file stand for 0 to 1 in the training images\n" in output
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_start_that_fails_leaves_no_folder(made, tmp_path, capsys):
+    folder = tmp_path / "run"
+    if made:
+        folder.mkdir()
+    assert train_cnn.main(["--data", "nowhere.npz", "--output", str(folder)]) == 1
+    assert "no such file" in capsys.readouterr().err
+    assert folder.exists() == made
+    assert not made or not list(folder.iterdir())
