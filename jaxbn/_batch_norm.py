@@ -93,8 +93,9 @@ def batch_norm(
       domain: which of k sets of statistics, stacked as mean and var of shape `[k, C]` and count of
         shape `[k]`: an integer, or one for each sample, shape `[N]`; traced or not. `scale` and
         `bias` are shared, `[C]`, or of shape `[k, C]`. Samples of a domain are normalized among
-        themselves, and a domain without samples keeps its count. Where there is no such domain, y
-        is NaN.
+        themselves. Where there is one domain for each sample, a domain without samples keeps its
+        count. One for the batch must be the same on all devices of `axis_name`. Where it is not, or
+        where there is no such domain, y is NaN.
       keep_output: whether training keeps `y` for the backward pass in place of `x`; see
         `batch_normalize`.
 
@@ -144,7 +145,9 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
     if domain is not None:
         run = functools.partial(batch_norm, train=train, **of_batch, **of_update)
         update = train if update_stats is None else update_stats
-        both: Any = by_domain(run, x, stats, (scale, bias), domain, update, options | devices)
+        needed = not (train is False and update is False)
+        options |= devices
+        both: Any = by_domain(run, x, stats, (scale, bias), domain, update, options, needed)
         return cast(tuple[jax.Array, Stats], both)
     if stats is not None:
         stats = checked_stats(stats)

@@ -37,10 +37,12 @@ def by_domain(
     domain: ArrayLike,
     update_stats: Flag,
     options: dict[str, Any],
+    by_moments: bool,
 ) -> tuple[jax.Array, BatchStats]:
     """Batch norm with the statistics of a domain, and its scale and bias if each has its own.
 
-    The output is NaN where there is no such domain.
+    The output is NaN where there is no such domain. Without moments, in inference, no devices are
+    asked for.
     """
     x, axis = checked_input(x, options["axis"])
     x, mask = checked_mask(options["mask"], x, axis)
@@ -48,15 +50,29 @@ def by_domain(
     stats = _checked_stack(stats, vectors)
     number = len(stats.mean)
     domain = _checked_domain(domain, number, x, axis)
+    valid = (domain >= 0) & (domain < number)
     if domain.ndim:
-        y, stats = _of_samples(run, x, stats, vectors, domain, update_stats, options)
+        y, stats = _of_samples(run, x, stats, vectors, domain, update_stats, options, by_moments)
     else:
         index = jnp.clip(domain, 0, number - 1)
-        update = jnp.logical_and(update_stats, domain == index)
+        if by_moments:
+            valid &= _shared(domain, options)
+        update = jnp.logical_and(update_stats, valid) if by_moments else False
         y, new = run(x, *_chosen(index, stats, vectors), update_stats=update, **options)
         stats = jax.tree.map(lambda old, one: old.at[index].set(one), stats, new)
-    missing = where_valid(mask, _along_samples((domain < 0) | (domain >= number), x, axis))
+    missing = where_valid(mask, _along_samples(~valid, x, axis))
     return jnp.where(missing, jnp.array(jnp.nan, y.dtype), y), stats
+
+
+def _shared(domain: jax.Array, options: dict[str, Any]) -> jax.Array | bool:
+    """Whether all devices of a batch name the same domain: equal numbers alone have no variance."""
+    devices = checked_devices(options["axis_name"], options["axis_index_groups"])
+    if not devices.names:
+        return True
+    number = domain.astype(jnp.int32)
+    total, squares = summed(jnp.stack([number, number * number]), devices)
+    same: jax.Array = total * total == devices.size * squares
+    return same
 
 
 def _of_samples(
@@ -67,6 +83,7 @@ def _of_samples(
     domain: jax.Array,
     update_stats: Flag,
     options: dict[str, Any],
+    by_moments: bool,
 ) -> tuple[jax.Array, BatchStats]:
     """The samples of each domain, those of the others masked; the outputs add up."""
     axis, mask, number = options["axis"], options["mask"], len(stats.mean)
@@ -78,14 +95,12 @@ def _of_samples(
         options = options | {"activation": None, "dtype": wide, "residual": residual}
     inside = [_along_samples(domain == i, x, axis) for i in range(number)]
     inside = [here if mask is None else here & mask for here in inside]
-    values = jnp.stack([here.any() for here in inside]).astype(stats.mean.dtype)
-    devices = checked_devices(options["axis_name"], options["axis_index_groups"])
-    present = (summed(values, devices) if devices.names else values) > 0
+    present = _present(inside, stats, options) if by_moments else [False] * number
     outcomes = [
         run(
             x,
             *_chosen(i, stats, vectors),
-            update_stats=jnp.logical_and(update_stats, present[i]),
+            update_stats=jnp.logical_and(update_stats, present[i]) if by_moments else False,
             **options | {"mask": inside[i]},
         )
         for i in range(number)
@@ -94,6 +109,13 @@ def _of_samples(
     if is_own(own):
         y = after(cast(Activation, own), y, mask, dtype)
     return y, jax.tree.map(lambda *v: jnp.stack(v), *(new for _, new in outcomes))
+
+
+def _present(inside: list[jax.Array], stats: BatchStats, options: dict[str, Any]) -> jax.Array:
+    """Whether each domain has values, on any device."""
+    values = jnp.stack([here.any() for here in inside]).astype(stats.mean.dtype)
+    devices = checked_devices(options["axis_name"], options["axis_index_groups"])
+    return (summed(values, devices) if devices.names else values) > 0
 
 
 def _along_samples(value: jax.Array, x: jax.Array, axis: int) -> jax.Array:

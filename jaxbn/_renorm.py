@@ -12,6 +12,7 @@ from jaxbn._checks import check_known_bool, checked_array, checked_vector
 from jaxbn._core.renorm import Limits
 from jaxbn._stats import BatchStats, checked_stats
 
+LEAST = {"r_max": 1, "d_max": 0}
 Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 
 
@@ -39,7 +40,7 @@ class Renorm:
 
     Raises:
       TypeError: a limit is neither a number nor a function, or `average_std` is not a bool.
-      ValueError: a number is out of range.
+      ValueError: a number is out of range; where it is traced, NaN results.
 
     Example:
       >>> import jax.numpy as jnp, jaxbn
@@ -61,15 +62,30 @@ class Renorm:
 
     def __post_init__(self) -> None:
         check_known_bool(self.average_std, "average_std")
-        for name, least in (("r_max", 1), ("d_max", 0)):
+        for name, least in LEAST.items():
             limit = getattr(self, name)
-            if isinstance(limit, int | float | np.number) and not limit >= least:
-                raise ValueError(f"`{name}` must be at least {least}; got {limit}.")
+            if not callable(limit):
+                _checked_limit(limit, name, least)
 
     @property
     def is_scheduled(self) -> bool:
         """Whether a limit depends on the number of batches."""
         return callable(self.r_max) or callable(self.d_max)
+
+
+def _checked_limit(limit: ArrayLike, name: str, least: int) -> jax.Array:
+    """A real number as an array, refused where it is known and out of range."""
+    if isinstance(limit, bool | np.bool_ | str) or limit is None:
+        raise TypeError(f"`{name}` must be a number or a function of the count; got {limit!r}.")
+    array = checked_array(limit, name)
+    if array.ndim or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise ValueError(
+            f"`{name}` must be a real number, the same for all channels; got {array.dtype} of "
+            f"shape {array.shape}."
+        )
+    if not isinstance(limit, jax.core.Tracer) and not np.asarray(limit) >= least:
+        raise ValueError(f"`{name}` must be at least {least}; got {limit}.")
+    return array
 
 
 def check_renorm(renorm: object) -> None:
@@ -96,17 +112,12 @@ def limits(
     var = checked_vector(stats.var, "stats.var", x, axis)
     count = jnp.asarray(stats.count)
 
-    def value(limit: Limit, name: str) -> jax.Array:
-        array = checked_array(limit(count) if callable(limit) else limit, name)
-        if array.ndim or jnp.issubdtype(array.dtype, jnp.complexfloating):
-            raise ValueError(
-                f"`{name}` must be a real number, the same for all channels; got {array.dtype} of "
-                f"shape {array.shape}."
-            )
-        return array.astype(dtype)
+    def value(name: str) -> jax.Array:
+        limit = getattr(renorm, name)
+        limit = _checked_limit(limit(count) if callable(limit) else limit, name, LEAST[name])
+        limit = limit.astype(dtype)
+        return jnp.where(limit >= LEAST[name], limit, jnp.nan)
 
     # A negative variance shows, as in inference.
     rstd = jax.lax.rsqrt(jnp.where(var < 0, jnp.nan, var).astype(dtype) + epsilon)
-    return Limits(
-        mean.astype(dtype), rstd, value(renorm.r_max, "r_max"), value(renorm.d_max, "d_max")
-    )
+    return Limits(mean.astype(dtype), rstd, value("r_max"), value("d_max"))

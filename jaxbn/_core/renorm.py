@@ -33,6 +33,8 @@ def correction(limits: Limits | None, moments: Shifted, rstd: jax.Array) -> Corr
     distance = (moments.shift - limits.mean) + moments.delta
     r = jnp.clip(limits.rstd / rstd, 1 / limits.r_max, limits.r_max)
     d = jnp.clip(distance * limits.rstd, -limits.d_max, limits.d_max)
+    # Where there is no correction, running statistics that are NaN have no effect.
+    r, d = jnp.where(limits.r_max == 1, 1, r), jnp.where(limits.d_max == 0, 0, d)
     return jax.lax.stop_gradient((r, d))
 
 

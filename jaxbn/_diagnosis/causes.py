@@ -17,10 +17,11 @@ LEFT_IN_ALL = 0.5
 LEFT_BY_STEPS, LEFT_BY_STEPS_AT_MOST = 0.5, 0.5
 # A fault with a free number must be nearer than one without by this much.
 FREE = 0.03
+WITH_A_NUMBER = ("too_few_steps", "variance_ratio", "input_scale", "input_shift", "channel_order")
 # With fewer channels anything can be fitted by a fault with a free number.
 FEWEST_CHANNELS = 4
 # Parts of a mixture that are told from none at all.
-PARTS = np.linspace(0.1, 0.97, 88)
+PARTS = np.linspace(0.3, 0.97, 68)
 # A ratio of variances is one number for all channels if its logarithm scatters less than this.
 SCATTER = 0.2
 # Ratios of variances that no healthy training makes.
@@ -46,21 +47,28 @@ class Cause(NamedTuple):
 
 
 def cause_of(layer: Layer, others: Sequence[Layer], first: bool) -> Cause | None:
-    """The first fault that explains why the running statistics are not those of the batches."""
+    """The fault that explains best why the running statistics are not those of the batches."""
     assert layer.training is not None
     apart = level(layer.running, layer.training, layer.settings.epsilon)
-    for cause in _candidates(layer, layer.training, others, first):
-        if explains(cause, layer, apart):
-            cause.numbers["apart"] = apart
-            return cause
-    return None
+    candidates = [*_candidates(layer, layer.training, others, first)]
+    lefts = [_left(cause, layer) + FREE * (cause.kind in WITH_A_NUMBER) for cause in candidates]
+    told = [pair for pair in zip(lefts, candidates, strict=True) if explains(pair[1], layer, apart)]
+    if not told:
+        return None
+    _, best = min(told, key=lambda pair: pair[0])
+    best.numbers["apart"] = apart
+    return best
 
 
 def explains(cause: Cause, layer: Layer, apart: float) -> bool:
-    """Whether little of the distance is left, in deviations of the batches."""
-    unit = _batch(layer).var
-    left = level(layer.running, cause.prediction, layer.settings.epsilon, unit)
-    return left < min(apart / 2, max(LEFT * apart, LEFT_BY_DRIFT, LEFT_BY_CHANCE * noise(layer)))
+    """Whether little of the distance is left."""
+    chance = LEFT_BY_CHANCE * noise(layer)
+    return _left(cause, layer) < min(apart / 2, max(LEFT * apart, LEFT_BY_DRIFT, chance))
+
+
+def _left(cause: Cause, layer: Layer) -> float:
+    """What a fault leaves of the distance, in deviations of the batches."""
+    return level(layer.running, cause.prediction, layer.settings.epsilon, _batch(layer).var)
 
 
 def _candidates(
@@ -170,7 +178,15 @@ def _other_quantities(layer: Layer, batch: Known) -> dict[str, Known]:
     }
     if layer.scale is not None and layer.bias is not None:
         quantities["`bias` and `scale` instead of mean and variance"] = (layer.bias, layer.scale)
-    return {words: Known(m, v, None) for words, (m, v) in quantities.items()}
+    # What is negative is no variance, and is found as such.
+    known = {words: Known(m, v, None) for words, (m, v) in quantities.items() if (v >= 0).all()}
+    scatter = _scatter(layer.running, batch)
+    return {words: k for words, k in known.items() if _scatter(layer.running, k) <= scatter + FREE}
+
+
+def _scatter(running: Known, known: Known) -> float:
+    """How much the ratio of variances differs between channels, which a conversion brings down."""
+    return float(np.std(np.log((running.var + TINY) / (known.var + TINY))))
 
 
 def _other_layers(layer: Layer, others: Sequence[Layer]) -> Iterator[Cause]:

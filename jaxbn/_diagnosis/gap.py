@@ -26,6 +26,8 @@ FEW_SAMPLES = 4  # fewer give means that are off by half a standard deviation an
 WRONG_WAY_ROUND = 0.5
 # The running statistics are those of one batch, if they are so much nearer to it than to others.
 NEARER = 0.4
+# In fewer channels one of several batches is that near by chance.
+TELLING_CHANNELS = 6
 # Variance between batches: chance gives one part in `samples`, and more where few batches tell.
 BETWEEN, DEVIATIONS = 0.03, 3.0
 # Where the scores of both modes differ, smaller distances tell too.
@@ -268,8 +270,11 @@ def _of_one_batch(layers: Sequence[Layer]) -> Iterator[Found]:
     nearest = {}
     for layer in layers:
         apart = [level(layer.running, b, layer.settings.epsilon) for b in layer.batches]
-        if len(apart) > 2 and min(apart) < NEARER * np.median(apart):
-            nearest[layer.path] = int(np.argmin(apart))
+        enough = len(apart) > 2 and len(layer.running.mean) >= TELLING_CHANNELS
+        if enough and min(apart) < NEARER * np.median(apart):
+            place = int(np.argmin(apart))
+            if newest_weight(layer, place) >= WRONG_WAY_ROUND:
+                nearest[layer.path] = place
     places = list(nearest.values())
     if 2 * len(places) > len(layers) and len(set(places)) == 1:
         for layer in layers:

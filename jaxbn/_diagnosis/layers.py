@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxbn._checks import statistics_dtype
 from jaxbn._moments import Moments, merge_moments
 from jaxbn._stats import BatchStats
 from jaxbn._weight_decay import names_on
@@ -196,7 +197,8 @@ def _merged(several: Sequence[Mapping[str, Any]]) -> Known | None:
     """The moments of all batches together; None where the layer saw nothing."""
     vectors = []
     for arrays in several:
-        mean, var, count = (np.ravel(np.asarray(arrays[v], np.float32)) for v in Moments._fields)
+        dtype = statistics_dtype(np.asarray(arrays["mean"]).dtype)
+        mean, var, count = (np.ravel(np.asarray(arrays[v], dtype)) for v in Moments._fields)
         each = mean, var, np.broadcast_to(count, mean.shape)
         vectors.append(Moments(*map(jax.device_put, each)))
     if not any(np.any(np.asarray(v.count) > 0) for v in vectors):

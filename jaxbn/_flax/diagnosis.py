@@ -23,8 +23,8 @@ def settings_of(layer: Module, batch: Any, by_batch: tuple[bool | None, bool | N
         epsilon=float(layer.eps if torchs else layer.epsilon),
         momentum=None if momentum is None else float(momentum),
         samples=samples_in(batch),
-        frozen=layer.frozen,
-        updates=layer.update_stats is not False,
+        frozen=getattr(layer, "frozen", False),
+        updates=getattr(layer, "update_stats", None) is not False,
         by_batch=by_batch,
     )
 

@@ -291,7 +291,18 @@ def _check_domain(layer: Module, domain: object, kept: Kept) -> None:
             f"domain={domain!r} for a layer with num_domains={layer.num_domains}."
         )
     if kept.moments and domain is not None:
-        raise NotImplementedError("`batch_moments` are of one set of statistics, not of domains.")
+        raise NotImplementedError(
+            "Layers with `num_domains` keep no moments: they cannot be recalibrated, accumulated "
+            "or explained. Take a model of each domain, or leave them out by `where`."
+        )
+
+
+def std_epsilon(layer: Module) -> Number | None:
+    """Of a layer whose running variance follows standard deviations."""
+    if layer.renorm is None or not layer.renorm.average_std:
+        return None
+    epsilon: Number = layer.eps if hasattr(layer, "eps") else layer.epsilon
+    return epsilon
 
 
 def _renorm(layer: Module, kept: Kept) -> Renorm | None:

@@ -23,11 +23,15 @@ def empty_moments(running: Vectors) -> Vectors:
     return Moments(zeros, zeros, zeros)._asdict()
 
 
-def updated(running: Vectors, moments: Vectors, momentum: ArrayLike | None) -> Vectors:
+def updated(
+    running: Vectors, moments: Vectors, momentum: ArrayLike | None, std_epsilon: Number | None
+) -> Vectors:
     """Running statistics with the moments of one batch folded in, as far as it had values."""
 
     def update(stats: BatchStats, moments: Moments, unbiased: bool) -> BatchStats:
-        new = update_batch_stats(stats, moments, momentum=momentum, unbiased=unbiased)
+        new = update_batch_stats(
+            stats, moments, momentum=momentum, unbiased=unbiased, std_epsilon=std_epsilon
+        )
         seen = (moments.count > 0).any()
         return BatchStats._make(map(partial(jnp.where, seen), new, stats))
 

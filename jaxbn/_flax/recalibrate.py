@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -119,6 +119,11 @@ def _check_options(batches: Any, sequential: bool, average: bool, prior: Number)
         raise ValueError(
             "`prior` mixes the moments of all samples with the old statistics, and average=True "
             f"keeps no moments; got prior={prior}. Leave one of them out."
+        )
+    if isinstance(batches, Mapping) or hasattr(batches, "shape"):
+        raise TypeError(
+            "`batches` must be an iterable of batches; got one batch, a "
+            f"{type(batches).__name__}. Pass a list of it."
         )
     if not isinstance(batches, Iterable):
         raise TypeError(f"`batches` must be iterable; got {type(batches).__name__}.")

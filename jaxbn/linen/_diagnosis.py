@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from jaxbn._checks import check_collections
 from jaxbn._diagnosis.gap import Explanation
@@ -13,12 +14,12 @@ from jaxbn._diagnosis.layers import Settings
 from jaxbn._diagnosis.report import Report
 from jaxbn._diagnosis.report import report as _report
 from jaxbn._flax.diagnosis import as_list, settings_of
-from jaxbn._flax.layer import modes
 from jaxbn.linen._flax import BatchNorm
-from jaxbn.linen._recalibrate import Apply, init_batch_moments
+from jaxbn.linen._recalibrate import Apply, init_batch_moments, layers_in
 from jaxbn.linen._torch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-LAYERS = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
+# Flax's own too, which may be converted.
+LAYERS = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, nn.BatchNorm)
 
 
 def report(apply: Apply, variables: Mapping[str, Any], batches: Any) -> Report:
@@ -124,7 +125,23 @@ class _Seen:
         found = [self.collect(self.variables, batch, train) for batch in as_list(batches)]
         if not found:
             raise ValueError("`batches` must have at least one batch; got none.")
+        self._check(found)
         return found
+
+    def _check(self, found: list[Any]) -> None:
+        """Refuses layers that tell nothing of the batches."""
+        counts = [{k: v["count"] for k, v in layers_in(moments).items()} for moments in found]
+        silent = [
+            path
+            for path in counts[0]
+            if not any(np.any(np.asarray(each[path]) > 0) for each in counts)
+            and not (path in self.settings and self.settings[path].frozen)
+        ]
+        if silent:
+            raise ValueError(
+                "Each batch norm must be one of jaxbn.linen and get values; got others or none for "
+                f"{', '.join(map(repr, silent))}. Convert the model by jaxbn.linen.convert."
+            )
 
     def _collect(self, variables: Mapping[str, Any], batch: Any, train: bool) -> Any:
         start = init_batch_moments(variables["batch_stats"])
@@ -133,7 +150,7 @@ class _Seen:
         def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             if isinstance(context.module, LAYERS) and context.method_name == "__call__":
                 self._record(context.module, batch, train, args, kwargs)
-                if context.module.update_stats is False:  # would merge no batch either
+                if getattr(context.module, "update_stats", None) is False:  # would merge none
                     object.__setattr__(context.module, "update_stats", None)
             return call(*args, **kwargs)
 
@@ -153,8 +170,11 @@ class _Seen:
         path = "/".join(layer.path)
         chosen = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
         chosen = layer.use_running_average if chosen is None else chosen
-        mode = None if chosen is None and not layer.frozen else modes(layer, chosen)[0]
-        self.by_batch[path, train] = mode if isinstance(mode, bool) else None
+        frozen = getattr(layer, "frozen", False)
+        mode = False if frozen else None
+        if not frozen and isinstance(chosen, bool):
+            mode = not chosen
+        self.by_batch[path, train] = mode
         both = self.by_batch.get((path, True)), self.by_batch.get((path, False))
         samples = self.settings[path].samples if path in self.settings else None
         settings = settings_of(layer, batch, both)

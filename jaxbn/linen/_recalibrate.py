@@ -48,7 +48,7 @@ def init_batch_moments(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
     References:
       `jaxbn.Moments`, `jaxbn.merge_moments`.
     """
-    layers = _layers(batch_stats)
+    layers = layers_in(batch_stats)
     if not layers:
         raise ValueError(
             "`batch_stats` must have a batch norm, a dict with `mean` and `var`; got none in "
@@ -62,6 +62,7 @@ def update_batch_stats(
     batch_moments: Mapping[str, Any],
     *,
     momentum: ArrayLike | None = 0.1,
+    std_epsilon: Number | None = None,
 ) -> dict[str, Any]:
     """Folds the moments of a model into its running statistics, as those of one batch.
 
@@ -79,6 +80,8 @@ def update_batch_stats(
       batch_moments: the collection of this name, that `model.apply` returned.
       momentum: a number in [0, 1], a scalar array, traced or not, or None for the cumulative
         average, of which the layers must keep a `count`.
+      std_epsilon: the epsilon of layers with `Renorm(average_std=True)`; see
+        `jaxbn.update_batch_stats`.
 
     Returns:
       The new `batch_stats`, without gradient.
@@ -105,7 +108,7 @@ def update_batch_stats(
       `jaxbn.update_batch_stats`.
     """
     check_momentum(momentum)
-    running, moments = _layers(batch_stats), _layers(batch_moments)
+    running, moments = layers_in(batch_stats), layers_in(batch_moments)
     unfit = [name for name, v in moments.items() if not _fits(v, running.get(name))]
     if unfit or not moments:
         raise ValueError(
@@ -117,7 +120,7 @@ def update_batch_stats(
         raise ValueError(
             "`momentum` must be a number for layers that keep no `count`, as BatchNorm; got None."
         )
-    new = {name: updated(running[name], v, momentum) for name, v in moments.items()}
+    new = {name: updated(running[name], v, momentum, std_epsilon) for name, v in moments.items()}
     collection: dict[str, Any] = _with(batch_stats, new)
     return collection
 
@@ -193,7 +196,7 @@ def recalibrate(
       against common corruptions by covariate shift adaptation", 2020,
       https://arxiv.org/abs/2006.16971.
     """
-    running = _layers(variables.get("batch_stats", {}))
+    running = layers_in(variables.get("batch_stats", {}))
     chosen = {name: v for name, v in running.items() if where(name)}
     if not chosen:
         raise ValueError(
@@ -235,17 +238,17 @@ def _of_batch(
             "`apply` must return the output and the updates, as model.apply(variables, …, "
             f"mutable=mutable) does; got {type(result).__name__}. Pass `mutable` on."
         )
-    return _layers(updates["batch_moments"]), carry
+    return layers_in(updates["batch_moments"]), carry
 
 
-def _layers(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Layers:
+def layers_in(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Layers:
     """The variables of each batch norm in a collection, by its path."""
     if {"mean", "var"} <= set(tree):
         return {"/".join(path): {name: tree[name] for name in BatchStats._fields if name in tree}}
     found: Layers = {}
     for name, node in tree.items():
         if isinstance(node, Mapping):
-            found |= _layers(node, (*path, name))
+            found |= layers_in(node, (*path, name))
     return found
 
 

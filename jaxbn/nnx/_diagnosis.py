@@ -13,7 +13,7 @@ from jaxbn._diagnosis.report import Report
 from jaxbn._diagnosis.report import report as _report
 from jaxbn._flax.diagnosis import as_list, settings_of
 from jaxbn.nnx._recalibrate import attach_moments
-from jaxbn.nnx._variables import BatchNormLayer
+from jaxbn.nnx._variables import chosen_layers, keeps_statistics, layers_in
 
 Call = Callable[[Any, Any], Any]
 
@@ -49,8 +49,9 @@ def report(model: nnx.Module, batches: Any, *, call: Call = _called) -> Report:
     References:
       `jaxbn.report`.
     """
+    batches = as_list(batches)
     moments = _moments(model, batches, call, train=True)
-    variables, settings = _variables(model, as_list(batches))
+    variables, settings = _variables(model, batches)
     return _report(variables, moments, settings=settings)
 
 
@@ -105,14 +106,9 @@ def explain_gap(
 
 def _layers(model: nnx.Module) -> dict[str, Any]:
     """The batch norms with running statistics, by path."""
-    found = {
-        "/".join(map(str, path)): module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, BatchNormLayer) and getattr(module, "mean", None) is not None
-    }
-    if not found:
+    if not any(map(keeps_statistics, layers_in(model).values())):
         raise ValueError("`model` must have a batch norm of jaxbn.nnx with running statistics.")
-    return found
+    return {v: m for v, m in chosen_layers(model, ...).items() if keeps_statistics(m)}
 
 
 def _variables(model: nnx.Module, batches: list[Any]) -> tuple[Any, dict[str, Settings]]:

@@ -8,14 +8,22 @@ import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from jaxbn._flax.layer import Vectors
+from jaxbn._flax.layer import Vectors, std_epsilon
 from jaxbn._flax.moments import Layers, empty_moments, updated
-from jaxbn._flax.recalibrate import Callback, listed, recalibrated
+from jaxbn._flax.recalibrate import Callback, recalibrated
 from jaxbn._moments import Moments
 from jaxbn._stats import BatchStats
 from jaxbn._types import Number
 from jaxbn.nnx._flax import BatchNorm
-from jaxbn.nnx._variables import BatchMoments, BatchNormLayer, chosen_layers, moments_in, value
+from jaxbn.nnx._variables import (
+    BatchMoments,
+    BatchNormLayer,
+    chosen_layers,
+    keeps_statistics,
+    layers_in,
+    moments_in,
+    value,
+)
 
 
 def init_batch_moments(model: nnx.Module, where: Any = ...) -> None:
@@ -83,14 +91,15 @@ def update_batch_stats(model: nnx.Module) -> None:
     References:
       `jaxbn.update_batch_stats`.
     """
-    layers = [v for v in chosen_layers(model, ...).values() if v.moments is not None]
+    layers = [v for v in layers_in(model).values() if v.moments is not None]
     if not layers:
         raise ValueError(
             "A batch norm of the model must have moments; got none. Call "
             "jaxbn.nnx.init_batch_moments before the first batch."
         )
     for layer in layers:
-        _set(layer, updated(_running(layer), moments_in(layer), _weight_of_batch(layer)))
+        weight, epsilon = _weight_of_batch(layer), std_epsilon(layer)
+        _set(layer, updated(_running(layer), moments_in(layer), weight, epsilon))
         layer.moments = nnx.data(None)
 
 
@@ -113,7 +122,9 @@ def recalibrate(
     end, and only its running statistics: an error on the way leaves it as it was.
 
     Batch norms are set to the mode that they need. All other layers stay in theirs: after
-    `model.eval()` dropout drops nothing, and the statistics are those of inference.
+    `model.eval()` dropout drops nothing, and the statistics are those of inference. A model that
+    passes `use_running_average` to its layers chooses for them: let `call` ask for training mode,
+    and for inference mode where `sequential` is given.
 
     Args:
       model: a module, or a batch norm itself. It is changed.
@@ -180,7 +191,7 @@ def _of_batch(
     The model is a copy, and what else changes in it is lost, but for the state of random numbers.
     """
     model = nnx.merge(graphdef, random, rest)
-    layers = {name: v for name, v in chosen_layers(model, ...).items() if name in running}
+    layers = {name: v for name, v in layers_in(model).items() if name in running}
     for name, layer in layers.items():
         _set(layer, running[name])
         attach_moments(layer)
@@ -192,28 +203,13 @@ def _of_batch(
 
 def _chosen(model: nnx.Module, where: Any) -> dict[str, BatchNormLayer]:
     """The chosen batch norms that keep running statistics, by path."""
-    chooses = nnx.filterlib.to_predicate(where)
-    foreign = [
-        "/".join(map(str, path))
-        for path, module in nnx.iter_modules(model)
-        if not isinstance(module, BatchNormLayer) and _keeps(module) and chooses(path, module)
-    ]
-    if foreign:
-        raise ValueError(
-            "The batch norms must be those of jaxbn.nnx; got layers of another library: "
-            f"{listed(foreign)}. Replace them, or leave them out by `where`."
-        )
-    chosen = {name: v for name, v in chosen_layers(model, where).items() if _keeps(v)}
+    chosen = {name: v for name, v in chosen_layers(model, where).items() if keeps_statistics(v)}
     if not chosen:
         raise ValueError(
             "`where` must choose at least one batch norm that keeps running statistics; got layers "
             "with track_running_stats=False."
         )
     return chosen
-
-
-def _keeps(module: Any) -> bool:
-    return all(isinstance(getattr(module, name, None), nnx.BatchStat) for name in ("mean", "var"))
 
 
 def attach_moments(layer: BatchNormLayer) -> None:

@@ -123,17 +123,38 @@ def moments_in(layer: Any) -> Vectors:
     return moments._asdict()
 
 
-def chosen_layers(model: nnx.Module, where: Any) -> dict[str, BatchNormLayer]:
-    """The batch norms that a filter chooses, by path."""
-    chooses = nnx.filterlib.to_predicate(where)
-    layers = [
-        (path, module)
+def keeps_statistics(module: Any) -> bool:
+    """Whether this is a batch norm with running statistics, of whatever library."""
+    return all(isinstance(getattr(module, v, None), nnx.BatchStat) for v in ("mean", "var"))
+
+
+def layers_in(model: nnx.Module) -> dict[str, BatchNormLayer]:
+    """All batch norms of jaxbn in a model, by path."""
+    return {
+        "/".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)
         if isinstance(module, BatchNormLayer)
+    }
+
+
+def chosen_layers(model: nnx.Module, where: Any) -> dict[str, BatchNormLayer]:
+    """The batch norms that a filter chooses, by path; those of another library are refused."""
+    chooses = nnx.filterlib.to_predicate(where)
+    modules = [(path, v) for path, v in nnx.iter_modules(model) if chooses(path, v)]
+    foreign = [
+        repr("/".join(map(str, path)))
+        for path, module in modules
+        if not isinstance(module, BatchNormLayer) and keeps_statistics(module)
     ]
-    chosen = {"/".join(map(str, path)): layer for path, layer in layers if chooses(path, layer)}
+    if foreign:
+        raise ValueError(
+            "The batch norms must be those of jaxbn.nnx; got layers of another library: "
+            f"{', '.join(foreign)}. Convert the model by jaxbn.nnx.convert, or leave them out by "
+            "`where`."
+        )
+    chosen = {"/".join(map(str, p)): v for p, v in modules if isinstance(v, BatchNormLayer)}
     if not chosen:
-        paths = ", ".join("/".join(map(str, path)) or "the model itself" for path, _ in layers)
+        paths = ", ".join(path or "the model itself" for path in layers_in(model))
         raise ValueError(
             "`where` must choose at least one batch norm of jaxbn.nnx; got "
             f"{where!r} for a model with {paths or 'none'}."

@@ -168,6 +168,11 @@ def test_freezing_nothing_is_an_error():
         nnx_bn.freeze(Network(), "body")
     with pytest.raises(ValueError, match="for a model with none"):
         nnx_bn.unfreeze(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    mixed = Network()
+    mixed.other = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"of another library: 'other'\. Convert the model"):
+        nnx_bn.freeze(mixed)
+    nnx_bn.freeze(mixed, nnx.Not(nnx.PathContains("other")))
 
 
 def test_frozen_linen_layers():

@@ -482,3 +482,25 @@ def test_errors():
     foreign = flax_nnx.Sequential(flax_nnx.BatchNorm(4, rngs=flax_nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"must be those of jaxbn.nnx; got layers of another lib"):
         nnx.init_batch_moments(foreign)
+
+
+def test_averages_of_standard_deviations():
+    """One micro-batch is a batch."""
+    x, options = PARTS[0], {"renorm": jaxbn.Renorm(1.0, 0.0, average_std=True), "axis": -1}
+    direct, merging = (
+        nnx.BatchNorm1d(4, rngs=flax_nnx.Rngs(0), momentum=0.5, **options) for _ in range(2)
+    )
+    nnx.init_batch_moments(merging)
+    for layer in (direct, merging):
+        layer(x)
+    nnx.update_batch_stats(merging)
+    assert_close(merging.var[...], direct.var[...], 1e-6)
+    layer = linen.BatchNorm1d(4, momentum=0.5, **options)
+    variables = layer.init(jax.random.key(0), x, True)
+    moments = linen.init_batch_moments(variables["batch_stats"])
+    given = {**variables, "batch_moments": moments}
+    _, updates = layer.apply(given, x, False, mutable=["batch_moments"])
+    new = linen.update_batch_stats(
+        variables["batch_stats"], updates["batch_moments"], momentum=0.5, std_epsilon=layer.eps
+    )
+    assert_close(new["var"], direct.var[...], 1e-6)

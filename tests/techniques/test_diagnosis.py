@@ -627,3 +627,71 @@ def test_nnx_models(kind, fields, steps, data, others):
     assert found.kinds == ([kind] if kind else [])
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model, nnx.BatchStat))
     assert all(norm.moments is None for norm in model.norms)
+
+
+# Faults that look like others
+
+
+def of_batches(*shape, seed=0, scale=1.0):
+    return [
+        jaxbn.batch_moments(batch)
+        for batch in samples_of(np.random.RandomState(seed), shape, scale)
+    ]
+
+
+def samples_of(random, shape, scale):
+    mean = random.standard_normal(shape[-1])
+    return (mean + scale * random.standard_normal(shape)).astype(np.float32)
+
+
+def test_small_variances_are_not_taken_for_logarithms():
+    moments = of_batches(8, 256, 16, scale=np.random.RandomState(2).uniform(0.45, 0.9, 16))
+    whole = jaxbn.merge_moments(*moments)
+    factors = np.random.RandomState(1).uniform(3, 12, 16).astype(np.float32)
+    found = jaxbn.explain_gap({"mean": whole.mean, "var": whole.var * factors}, moments)
+    assert "other_quantity" not in found.kinds
+    assert found.kinds
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 16])
+def test_few_channels_blame_no_momentum(channels):
+    for seed in range(20):
+        moments = of_batches(8, 256, channels, seed=seed)
+        whole = jaxbn.merge_moments(*moments)
+        assert jaxbn.explain_gap({"mean": whole.mean, "var": whole.var}, moments).kinds == []
+
+
+def test_the_fault_that_explains_best_is_named(network):
+    model, variables, batches = network
+    stats = dict(variables["batch_stats"])
+    same = [k for k in stats if stats[k]["mean"].shape == stats["BatchNorm_0"]["mean"].shape][:2]
+    stats[same[0]], stats[same[1]] = stats[same[1]], stats[same[0]]
+    assert kinds(model, {**variables, "batch_stats": stats}, batches) == 2 * ["other_layer"]
+
+
+class OfFlax(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Dense(8)(x))
+        return nn.Dense(1)(x)
+
+
+def test_layers_of_flax_are_refused_and_converted_ones_are_asked():
+    model, batches = OfFlax(), list(samples_of(np.random.RandomState(0), (8, 64, 4), 2.0))
+    variables = model.init(jax.random.key(0), batches[0], False)
+    for i in range(64):
+        _, updates = model.apply(variables, batches[i % 8], True, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+
+    def of(model, mode=None):
+        def apply(variables, batch, train, mutable):
+            return model.apply(variables, batch, train if mode is None else mode, mutable=mutable)
+
+        return apply
+
+    with pytest.raises(ValueError, match="and get values; got others or none"):
+        jaxbn.linen.explain_gap(of(model), variables, batches)
+    converted = jaxbn.linen.convert(model)
+    assert jaxbn.linen.explain_gap(of(converted), variables, batches).kinds == []
+    found = jaxbn.linen.explain_gap(of(converted, True), variables, batches)
+    assert found.kinds == ["batch_in_inference"]

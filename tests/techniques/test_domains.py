@@ -162,6 +162,33 @@ def test_no_such_domain():
     assert np.isfinite(run(wrong, padded)[0]).all()
 
 
+def test_one_domain_of_the_batch_is_that_of_all_devices():
+    """NaN where devices name different ones: each would mix its samples with the others'."""
+    x = X.reshape(4, 4, 3, 4)
+
+    def run(x, domain):
+        return jaxbn.batch_norm(x, STATS, train=True, domain=domain, axis_name="devices")
+
+    mapped = jax.vmap(run, (0, 0), axis_name="devices")
+    y, stats = mapped(x, jnp.full(4, 2))
+    expected = jaxbn.batch_norm(X, STATS, train=True, domain=2)
+    assert_close((y.reshape(X.shape), of(0, stats)), expected)
+    for different in ([0, 1, 2, 1], [1, 1, 1, 0]):
+        y, stats = mapped(x, jnp.array(different))
+        assert np.isnan(y).all()
+        assert_close(stats, jax.tree.map(lambda v: jnp.stack([v] * 4), STATS), 0)
+
+
+@pytest.mark.parametrize("domain", [1, DOMAINS])
+def test_inference_asks_for_no_devices(domain):
+    def run(x, axis_name):
+        options = {"train": False, "domain": domain, "axis_name": axis_name}
+        return jaxbn.batch_norm(x, STATS, SCALE, BIAS, **options)[0]
+
+    alone = functools.partial(run, axis_name="devices")
+    assert_close([alone(X), jax.jit(alone)(X)], [run(X, None)] * 2, 1e-6)
+
+
 def test_initial_statistics():
     stats, one = jaxbn.init_batch_stats(4, num_domains=3), jaxbn.init_batch_stats(4)
     for domain in range(3):

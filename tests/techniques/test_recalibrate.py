@@ -411,7 +411,7 @@ def test_many_batches_in_float32():
     def apply(variables, batch, train, mutable):
         return layer.apply(variables, batch, not train, mutable=mutable)
 
-    stats = linen.recalibrate(apply, variables, x)["batch_stats"]
+    stats = linen.recalibrate(apply, variables, list(x))["batch_stats"]
     mean, var, _ = channel_moments(x, -1)
     np.testing.assert_allclose(stats["mean"], mean, rtol=3e-7)
     np.testing.assert_allclose(stats["var"], var, rtol=3e-7)
@@ -586,3 +586,9 @@ def test_with_functions_alone():
     stats = jaxbn.update_batch_stats(jaxbn.init_batch_stats(4), merged, momentum=None)
     mean, var, n = channel_moments(ALL, -1)
     assert_close(stats[:2], (mean, var * n / (n - 1)), 1e-6)
+
+
+@pytest.mark.parametrize("one", [DATA[0], {"x": DATA[0]}], ids=["array", "dict"])
+def test_one_batch_is_no_list_of_batches(one):
+    with pytest.raises(TypeError, match=r"got one batch, a \w+\. Pass a list of it"):
+        linen.recalibrate(APPLY, VARIABLES, one)

@@ -184,6 +184,19 @@ def test_schedules_see_the_batches_before():
         _, stats = actual
 
 
+def test_a_traced_limit_out_of_range_shows():
+    (y, *_), _ = run(0.5, 1.0, X, SCALE, BIAS, DY)
+    assert np.isnan(y).all()
+    (y, *_), _ = run(2.0, -1.0, X, SCALE, BIAS, DY)
+    assert np.isnan(y).all()
+
+
+def test_without_correction_running_statistics_have_no_effect():
+    lost = STATS._replace(mean=jnp.full(4, jnp.nan), var=jnp.full(4, jnp.nan))
+    y, _ = jaxbn.batch_norm(X, lost, train=True, renorm=jaxbn.Renorm(1.0, 0.0))
+    assert_close(y, jaxbn.batch_normalize(X)[0], 1e-6)
+
+
 def test_layers():
     layer = linen.BatchNorm2d(4, axis=-1, renorm=RENORM)
     other = nnx.BatchNorm2d(4, axis=-1, renorm=RENORM, rngs=flax_nnx.Rngs(0))
@@ -224,6 +237,21 @@ def test_what_is_kept_for_the_backward_pass():
 
 ERRORS = {
     "r_max": (lambda: jaxbn.Renorm(0.5), ValueError, "`r_max` must be at least 1; got 0.5."),
+    "an array out of range": (
+        lambda: jaxbn.Renorm(jnp.array(0.5)),
+        ValueError,
+        "`r_max` must be at least 1; got 0.5.",
+    ),
+    "a schedule that starts at 0": (
+        lambda: jaxbn.batch_norm(X, STATS, train=True, renorm=jaxbn.Renorm(lambda count: 0.0)),
+        ValueError,
+        "`r_max` must be at least 1; got 0.0.",
+    ),
+    "no number": (
+        lambda: jaxbn.Renorm("3"),
+        TypeError,
+        "`r_max` must be a number or a function of the count; got '3'.",
+    ),
     "NaN": (lambda: jaxbn.Renorm(d_max=np.nan), ValueError, "`d_max` must be at least 0; got nan."),
     "average_std": (
         lambda: jaxbn.Renorm(average_std=1),
@@ -241,7 +269,7 @@ ERRORS = {
         "`renorm` must be a jaxbn.Renorm or None; got tuple.",
     ),
     "per channel": (
-        lambda: jaxbn.batch_norm(X, STATS, train=True, renorm=jaxbn.Renorm(jnp.ones(4))),
+        lambda: jaxbn.Renorm(jnp.ones(4)),
         ValueError,
         "`r_max` must be a real number, the same for all channels; got float32 of shape (4,).",
     ),
