@@ -154,5 +154,15 @@ def _check_known(new: Layers, whole: Layers, least: int) -> None:
         )
 
 
+def check_mode(name: str, by_batch: bool | None, train: bool) -> None:
+    """Refuses a model that chooses the mode of a batch norm itself."""
+    if by_batch is not None and by_batch != train:
+        asked, got = ("training", "inference") if train else ("inference", "training")
+        raise ValueError(
+            f"A model must be in {asked} mode to be recalibrated with sequential={not train}; "
+            f"{listed([name])} was called in {got} mode. Pass the mode on to its batch norms."
+        )
+
+
 def listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) if name else "the model itself" for name in names) or "none"

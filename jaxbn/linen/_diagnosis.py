@@ -14,12 +14,8 @@ from jaxbn._diagnosis.layers import Settings
 from jaxbn._diagnosis.report import Report
 from jaxbn._diagnosis.report import report as _report
 from jaxbn._flax.diagnosis import as_list, settings_of
-from jaxbn.linen._flax import BatchNorm
+from jaxbn.linen._modes import is_call, normalizes_by_batch
 from jaxbn.linen._recalibrate import Apply, init_batch_moments, layers_in
-from jaxbn.linen._torch import BatchNorm1d, BatchNorm2d, BatchNorm3d
-
-# Flax's own too, which may be converted.
-LAYERS = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, nn.BatchNorm)
 
 
 def report(apply: Apply, variables: Mapping[str, Any], batches: Any) -> Report:
@@ -148,7 +144,7 @@ class _Seen:
         mutable = ["batch_moments", *(name for name in variables if name != "params")]
 
         def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            if isinstance(context.module, LAYERS) and context.method_name == "__call__":
+            if is_call(context):
                 self._record(context.module, batch, train, args, kwargs)
                 if getattr(context.module, "update_stats", None) is False:  # would merge none
                     object.__setattr__(context.module, "update_stats", None)
@@ -167,14 +163,8 @@ class _Seen:
     def _record(
         self, layer: nn.Module, batch: Any, train: bool, args: Any, kwargs: Mapping[str, Any]
     ) -> None:
-        path = "/".join(layer.path)
-        chosen = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
-        chosen = layer.use_running_average if chosen is None else chosen
-        frozen = getattr(layer, "frozen", False)
-        mode = False if frozen else None
-        if not frozen and isinstance(chosen, bool):
-            mode = not chosen
-        self.by_batch[path, train] = mode
+        path = "/".join(layer.path).replace(".", "/")  # as the paths of variables are split
+        self.by_batch[path, train] = normalizes_by_batch(layer, args, kwargs)
         both = self.by_batch.get((path, True)), self.by_batch.get((path, False))
         samples = self.settings[path].samples if path in self.settings else None
         settings = settings_of(layer, batch, both)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
@@ -12,10 +13,11 @@ from jax.typing import ArrayLike
 from jaxbn._checks import check_momentum
 from jaxbn._flax.layer import Vectors
 from jaxbn._flax.moments import Layers, empty_moments, updated
-from jaxbn._flax.recalibrate import Callback, listed, recalibrated
+from jaxbn._flax.recalibrate import Callback, check_mode, listed, recalibrated
 from jaxbn._moments import Moments
 from jaxbn._stats import BatchStats
 from jaxbn._types import Number
+from jaxbn.linen._modes import is_call, normalizes_by_batch
 
 # `apply(variables, batch, train, mutable)` returns what `model.apply` does: output and updates.
 Apply = Callable[[dict[str, Any], Any, bool, list[str]], tuple[Any, Mapping[str, Any]]]
@@ -178,7 +180,8 @@ def recalibrate(
     Raises:
       TypeError: `batches` is not iterable, or runs once and `sequential` needs it again.
       ValueError: there are no batches, or no batch norms; a batch norm got fewer than two values
-        per channel, or some that are not finite; `prior` is negative, or given with `average`.
+        per channel, or some that are not finite; `prior` is negative, or given with `average`;
+        `apply` runs a batch norm in another mode than `train` says.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbn.linen
@@ -231,7 +234,15 @@ def _of_batch(
         "batch_stats": _with(variables["batch_stats"], running),
         "batch_moments": _nested({name: empty_moments(v) for name, v in running.items()}),
     }
-    result = apply(given, batch, train, [name for name in given if name != "params"])
+
+    def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module, name = context.module, "/".join(context.module.path)
+        if is_call(context) and name in running and not getattr(module, "frozen", False):
+            check_mode(name, normalizes_by_batch(module, args, kwargs), train)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        result = apply(given, batch, train, [name for name in given if name != "params"])
     updates = result[1] if isinstance(result, tuple) and len(result) == 2 else None
     if not isinstance(updates, Mapping) or "batch_moments" not in updates:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Diagnosis of NNX models: batches go through copies in both modes, whose layers merge moments."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ from jaxbn._diagnosis.report import Report
 from jaxbn._diagnosis.report import report as _report
 from jaxbn._flax.diagnosis import as_list, settings_of
 from jaxbn.nnx._recalibrate import attach_moments
-from jaxbn.nnx._variables import chosen_layers, keeps_statistics, layers_in
+from jaxbn.nnx._variables import chosen_layers, keeps_statistics, layers_in, watch_modes
 
 Call = Callable[[Any, Any], Any]
+# Whether a layer normalizes by the batch, in training and in inference.
+Modes = dict[tuple[str, bool], bool | None]
 
 
 def _called(model: Any, batch: Any) -> Any:
@@ -51,7 +54,7 @@ def report(model: nnx.Module, batches: Any, *, call: Call = _called) -> Report:
     """
     batches = as_list(batches)
     moments = _moments(model, batches, call, train=True)
-    variables, settings = _variables(model, batches)
+    variables, settings = _variables(model, batches, {})
     return _report(variables, moments, settings=settings)
 
 
@@ -91,9 +94,12 @@ def explain_gap(
       `jaxbn.explain_gap`.
     """
     batches = as_list(batches)
-    training, inference = (_moments(model, batches, call, train=train) for train in (True, False))
+    modes: Modes = {}
+    training, inference = (
+        _moments(model, batches, call, train=train, modes=modes) for train in (True, False)
+    )
     others = [] if evaluation is None else _moments(model, evaluation, call, train=False)
-    variables, settings = _variables(model, batches)
+    variables, settings = _variables(model, batches, modes)
     return _explain_gap(
         variables,
         training,
@@ -111,7 +117,9 @@ def _layers(model: nnx.Module) -> dict[str, Any]:
     return {v: m for v, m in chosen_layers(model, ...).items() if keeps_statistics(m)}
 
 
-def _variables(model: nnx.Module, batches: list[Any]) -> tuple[Any, dict[str, Settings]]:
+def _variables(
+    model: nnx.Module, batches: list[Any], modes: Modes
+) -> tuple[Any, dict[str, Settings]]:
     """What the functions take of a model: its collections, and the settings of its layers."""
     layers = _layers(model)
     names = ("mean", "var", "count")
@@ -123,12 +131,17 @@ def _variables(model: nnx.Module, batches: list[Any]) -> tuple[Any, dict[str, Se
         path: {n: v[...] for n in ("scale", "bias") if (v := getattr(layer, n)) is not None}
         for path, layer in layers.items()
     }
-    settings = {v: settings_of(layer, batches[0], (None, None)) for v, layer in layers.items()}
+    settings = {
+        path: settings_of(layer, batches[0], (modes.get((path, True)), modes.get((path, False))))
+        for path, layer in layers.items()
+    }
     return {"params": params, "batch_stats": stats}, settings
 
 
-def _moments(model: nnx.Module, batches: Any, call: Call, *, train: bool) -> list[Any]:
-    """The moments of each batch, by the path of the layer."""
+def _moments(
+    model: nnx.Module, batches: Any, call: Call, *, train: bool, modes: Modes | None = None
+) -> list[Any]:
+    """The moments of each batch, by the path of the layer, and the modes of the layers."""
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -136,8 +149,10 @@ def _moments(model: nnx.Module, batches: Any, call: Call, *, train: bool) -> lis
         copy = nnx.merge(graphdef, state)
         copy.train() if train else copy.eval()
         layers = _layers(copy)
-        for layer in layers.values():
+        for path, layer in layers.items():
             attach_moments(layer)
+            if modes is not None:
+                watch_modes(layer, functools.partial(modes.__setitem__, (path, train)))
             if layer.update_stats is False:  # would merge no batch either
                 layer.update_stats = None
         call(copy, batch)

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxbn._flax.layer import Vectors, std_epsilon
 from jaxbn._flax.moments import Layers, empty_moments, updated
-from jaxbn._flax.recalibrate import Callback, recalibrated
+from jaxbn._flax.recalibrate import Callback, check_mode, recalibrated
 from jaxbn._moments import Moments
 from jaxbn._stats import BatchStats
 from jaxbn._types import Number
@@ -23,6 +23,7 @@ from jaxbn.nnx._variables import (
     layers_in,
     moments_in,
     value,
+    watch_modes,
 )
 
 
@@ -124,7 +125,7 @@ def recalibrate(
     Batch norms are set to the mode that they need. All other layers stay in theirs: after
     `model.eval()` dropout drops nothing, and the statistics are those of inference. A model that
     passes `use_running_average` to its layers chooses for them: let `call` ask for training mode,
-    and for inference mode where `sequential` is given.
+    and for inference mode where `sequential` is given. Another mode is an error.
 
     Args:
       model: a module, or a batch norm itself. It is changed.
@@ -196,6 +197,8 @@ def _of_batch(
         _set(layer, running[name])
         attach_moments(layer)
         layer.use_running_average = not train
+        if not layer.frozen:
+            watch_modes(layer, partial(check_mode, name, train=train))
     call(model, batch)
     moments = {name: moments_in(layer) for name, layer in layers.items()}
     return moments, nnx.state(model, nnx.RngState)

@@ -1,6 +1,6 @@
 """The variables of the NNX layers, and the modes that all of them have."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -126,6 +126,18 @@ def moments_in(layer: Any) -> Vectors:
 def keeps_statistics(module: Any) -> bool:
     """Whether this is a batch norm with running statistics, of whatever library."""
     return all(isinstance(getattr(module, v, None), nnx.BatchStat) for v in ("mean", "var"))
+
+
+def watch_modes(layer: BatchNormLayer, seen: Callable[[bool | None], None]) -> None:
+    """Tells in each call whether the layer normalizes by the batch; None where that is traced."""
+    modes = layer._modes
+
+    def watched(use_running_average: Flag | None) -> tuple[Any, Any]:
+        by_batch, update = modes(use_running_average)
+        seen(by_batch if isinstance(by_batch, bool) else None)
+        return by_batch, update
+
+    object.__setattr__(layer, "_modes", watched)
 
 
 def layers_in(model: nnx.Module) -> dict[str, BatchNormLayer]:

@@ -695,3 +695,17 @@ def test_layers_of_flax_are_refused_and_converted_ones_are_asked():
     assert jaxbn.linen.explain_gap(of(converted), variables, batches).kinds == []
     found = jaxbn.linen.explain_gap(of(converted, True), variables, batches)
     assert found.kinds == ["batch_in_inference"]
+
+
+def test_nnx_layers_that_choose_their_mode_themselves():
+    class Stubborn(nnx.Module):
+        def __init__(self):
+            self.norm = jaxbn.nnx.BatchNorm(4, momentum=0.9, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(x, use_running_average=False)
+
+    model, batches = Stubborn(), list(samples_of(np.random.RandomState(0), (8, 64, 4), 2.0))
+    for i in range(64):
+        model(batches[i % 8])
+    assert jaxbn.nnx.explain_gap(model, batches).kinds == ["batch_in_inference"]

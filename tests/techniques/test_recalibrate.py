@@ -592,3 +592,26 @@ def test_with_functions_alone():
 def test_one_batch_is_no_list_of_batches(one):
     with pytest.raises(TypeError, match=r"got one batch, a \w+\. Pass a list of it"):
         linen.recalibrate(APPLY, VARIABLES, one)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_model_that_chooses_its_mode_itself(sequential):
+    """Statistics of the other mode would be wrong."""
+
+    def apply(variables, batch, train, mutable):
+        return APPLY(variables, batch, sequential, mutable)
+
+    with pytest.raises(ValueError, match=f"sequential={sequential}; 'a' was called in"):
+        linen.recalibrate(apply, VARIABLES, DATA, sequential=sequential)
+
+    class Stubborn(flax_nnx.Module):
+        def __init__(self):
+            self.norm = nnx.BatchNorm(4, rngs=flax_nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(x, use_running_average=not sequential)
+
+    model = Stubborn()
+    with pytest.raises(ValueError, match=f"sequential={sequential}; 'norm' was called in"):
+        nnx.recalibrate(model, DATA, sequential=sequential)
+    assert (model.norm.mean[...] == 0).all()
