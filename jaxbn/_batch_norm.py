@@ -151,8 +151,9 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
         return cast(tuple[jax.Array, Stats], both)
     if stats is not None:
         stats = checked_stats(stats)
+        x, index = checked_input(x, axis)
         for name in ("mean", "var"):
-            checked_vector(getattr(stats, name), f"stats.{name}", *checked_input(x, axis))
+            checked_vector(getattr(stats, name), f"stats.{name}", x, index)
     by_batch = functools.partial(
         batch_normalize, x, scale, bias, stats=stats, **of_batch, **devices, **options
     )

@@ -267,20 +267,18 @@ def _between(layer: Layer) -> tuple[float, float]:
 
 def _of_one_batch(layers: Sequence[Layer]) -> Iterator[Found]:
     """Running statistics that are those of one batch of several, the same in most layers."""
-    nearest = {}
+    nearest = {}  # the batch, and its weight
     for layer in layers:
         apart = [level(layer.running, b, layer.settings.epsilon) for b in layer.batches]
         enough = len(apart) > 2 and len(layer.running.mean) >= TELLING_CHANNELS
         if enough and min(apart) < NEARER * np.median(apart):
             place = int(np.argmin(apart))
-            if newest_weight(layer, place) >= WRONG_WAY_ROUND:
-                nearest[layer.path] = place
-    places = list(nearest.values())
-    if 2 * len(places) > len(layers) and len(set(places)) == 1:
+            if (weight := newest_weight(layer, place)) >= WRONG_WAY_ROUND:
+                nearest[layer.path] = place, weight
+    if 2 * len(nearest) > len(layers) and len({place for place, _ in nearest.values()}) == 1:
         for layer in layers:
             if layer.path in nearest:
-                weight = newest_weight(layer, places[0])
-                yield layer, _cause("momentum", layer, weight=weight)
+                yield layer, _cause("momentum", layer, weight=nearest[layer.path][1])
 
 
 def newest_weight(layer: Layer, place: int) -> float:

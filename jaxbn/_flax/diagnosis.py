@@ -1,27 +1,24 @@
 """What a diagnosis needs of a model, whether Linen or NNX owns its layers."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from jaxbn._diagnosis.layers import Settings
+from jaxbn._flax.layer import epsilon_of, weight_of_batch
 
 Module = Any  # of Linen or of NNX, with the fields of the same names that are read here
 
 
 def settings_of(layer: Module, batch: Any, by_batch: tuple[bool | None, bool | None]) -> Settings:
     """The settings of a layer, momentum as the weight of the new batch."""
-    torchs = hasattr(layer, "eps")
-    momentum = layer.momentum
-    if isinstance(momentum, jax.Array):
-        momentum = None
-    elif momentum is not None and not torchs:
-        momentum = 1 - momentum
+    momentum = weight_of_batch(layer)
+    unknown = momentum is None or isinstance(momentum, jax.Array)
     return Settings(
-        epsilon=float(layer.eps if torchs else layer.epsilon),
-        momentum=None if momentum is None else float(momentum),
+        epsilon=float(epsilon_of(layer)),
+        momentum=None if unknown else float(cast(float, momentum)),
         samples=samples_in(batch),
         frozen=getattr(layer, "frozen", False),
         updates=getattr(layer, "update_stats", None) is not False,

@@ -256,10 +256,11 @@ def _layer(
         if domain is not None:  # puts out what the first domain does
             scale, bias = (v if v is None or v.ndim == 1 else v[0] for v in (scale, bias))
         return normalized(x, moments.mean, moments.var, scale, bias, **fixed, **fused), kept
+    stats = batch_stats_of(kept.running)
     run = functools.partial(
         whole,
         x,
-        batch_stats_of(kept.running),
+        stats,
         scale,
         bias,
         train=train,
@@ -272,11 +273,10 @@ def _layer(
         **of_training,
     )
     if not kept.moments:
-        y, stats = run(**real_only)
-        return y, Kept({name: getattr(stats, name) for name in kept.running}, {})
+        y, new = run(**real_only)
+        return y, Kept({name: getattr(new, name) for name in kept.running}, {})
     if train is True:
         options = of_training | devices | fixed | fused
-        stats = batch_stats_of(kept.running)
         y, moments = batch_normalize(x, scale, bias, stats=stats, **options)
     else:
         y, _ = run(update_stats=False)
@@ -297,12 +297,24 @@ def _check_domain(layer: Module, domain: object, kept: Kept) -> None:
         )
 
 
-def std_epsilon(layer: Module) -> Number | None:
-    """Of a layer whose running variance follows standard deviations."""
-    if layer.renorm is None or not layer.renorm.average_std:
-        return None
+def epsilon_of(layer: Module) -> Number:
+    """The epsilon of a layer with torch's fields, or with Flax's."""
     epsilon: Number = layer.eps if hasattr(layer, "eps") else layer.epsilon
     return epsilon
+
+
+def weight_of_batch(layer: Module) -> ArrayLike | None:
+    """The weight of the new batch, which is torch's `momentum` and one minus Flax's."""
+    momentum: ArrayLike | None = layer.momentum
+    if momentum is None or hasattr(layer, "eps"):
+        return momentum
+    return 1 - momentum
+
+
+def std_epsilon(layer: Module) -> Number | None:
+    """Of a layer whose running variance follows standard deviations."""
+    averages = layer.renorm is not None and layer.renorm.average_std
+    return epsilon_of(layer) if averages else None
 
 
 def _renorm(layer: Module, kept: Kept) -> Renorm | None:

@@ -14,8 +14,7 @@ from jaxbn._diagnosis.layers import Settings
 from jaxbn._diagnosis.report import Report
 from jaxbn._diagnosis.report import report as _report
 from jaxbn._flax.diagnosis import as_list, settings_of
-from jaxbn.linen._modes import is_call, normalizes_by_batch
-from jaxbn.linen._recalibrate import Apply, init_batch_moments, layers_in
+from jaxbn.linen._recalibrate import Apply, init_batch_moments, layers_in, moments_of
 
 
 def report(apply: Apply, variables: Mapping[str, Any], batches: Any) -> Report:
@@ -140,31 +139,18 @@ class _Seen:
             )
 
     def _collect(self, variables: Mapping[str, Any], batch: Any, train: bool) -> Any:
+        def record(layer: nn.Module, by_batch: bool | None) -> None:
+            self._record(layer, by_batch, batch, train)
+            if getattr(layer, "update_stats", None) is False:  # would merge none
+                object.__setattr__(layer, "update_stats", None)
+
         start = init_batch_moments(variables["batch_stats"])
-        mutable = ["batch_moments", *(name for name in variables if name != "params")]
+        given = {**variables, "batch_moments": start}
+        return moments_of(self.apply, given, batch, train, record)
 
-        def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            if is_call(context):
-                self._record(context.module, batch, train, args, kwargs)
-                if getattr(context.module, "update_stats", None) is False:  # would merge none
-                    object.__setattr__(context.module, "update_stats", None)
-            return call(*args, **kwargs)
-
-        with nn.intercept_methods(record):
-            _, updates = self.apply({**variables, "batch_moments": start}, batch, train, mutable)
-        if "batch_moments" not in updates:
-            raise ValueError(
-                "`apply` must return the outputs and the updates of the collections in `mutable`; "
-                f"got updates of {', '.join(map(repr, updates)) or 'none'}. Pass mutable=mutable "
-                "to model.apply."
-            )
-        return updates["batch_moments"]
-
-    def _record(
-        self, layer: nn.Module, batch: Any, train: bool, args: Any, kwargs: Mapping[str, Any]
-    ) -> None:
+    def _record(self, layer: nn.Module, by_batch: bool | None, batch: Any, train: bool) -> None:
         path = "/".join(layer.path).replace(".", "/")  # as the paths of variables are split
-        self.by_batch[path, train] = normalizes_by_batch(layer, args, kwargs)
+        self.by_batch[path, train] = by_batch
         both = self.by_batch.get((path, True)), self.by_batch.get((path, False))
         samples = self.settings[path].samples if path in self.settings else None
         settings = settings_of(layer, batch, both)

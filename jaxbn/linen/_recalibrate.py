@@ -235,21 +235,41 @@ def _of_batch(
         "batch_moments": _nested({name: empty_moments(v) for name, v in running.items()}),
     }
 
+    def check(module: nn.Module, by_batch: bool | None) -> None:
+        name = "/".join(module.path)
+        if name in running and not getattr(module, "frozen", False):
+            check_mode(name, by_batch, train)
+
+    return layers_in(moments_of(apply, given, batch, train, check)), carry
+
+
+def moments_of(
+    apply: Apply,
+    variables: dict[str, Any],
+    batch: Any,
+    train: bool,
+    seen: Callable[[nn.Module, bool | None], None],
+) -> Mapping[str, Any]:
+    """What a batch leaves in `batch_moments`.
+
+    `seen` is told each call of a batch norm, and whether it normalizes by the batch.
+    """
+
     def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module, name = context.module, "/".join(context.module.path)
-        if is_call(context) and name in running and not getattr(module, "frozen", False):
-            check_mode(name, normalizes_by_batch(module, args, kwargs), train)
+        if is_call(context):
+            seen(context.module, normalizes_by_batch(context.module, args, kwargs))
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):
-        result = apply(given, batch, train, [name for name in given if name != "params"])
+        result = apply(variables, batch, train, [v for v in variables if v != "params"])
     updates = result[1] if isinstance(result, tuple) and len(result) == 2 else None
     if not isinstance(updates, Mapping) or "batch_moments" not in updates:
         raise ValueError(
             "`apply` must return the output and the updates, as model.apply(variables, …, "
             f"mutable=mutable) does; got {type(result).__name__}. Pass `mutable` on."
         )
-    return layers_in(updates["batch_moments"]), carry
+    moments: Mapping[str, Any] = updates["batch_moments"]
+    return moments
 
 
 def layers_in(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Layers:

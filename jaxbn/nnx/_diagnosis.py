@@ -14,7 +14,14 @@ from jaxbn._diagnosis.report import Report
 from jaxbn._diagnosis.report import report as _report
 from jaxbn._flax.diagnosis import as_list, settings_of
 from jaxbn.nnx._recalibrate import attach_moments
-from jaxbn.nnx._variables import chosen_layers, keeps_statistics, layers_in, watch_modes
+from jaxbn.nnx._variables import (
+    chosen_layers,
+    keeps_statistics,
+    layers_in,
+    moments_in,
+    running_in,
+    watch_modes,
+)
 
 Call = Callable[[Any, Any], Any]
 # Whether a layer normalizes by the batch, in training and in inference.
@@ -122,11 +129,7 @@ def _variables(
 ) -> tuple[Any, dict[str, Settings]]:
     """What the functions take of a model: its collections, and the settings of its layers."""
     layers = _layers(model)
-    names = ("mean", "var", "count")
-    stats = {
-        path: {n: v[...] for n in names if (v := getattr(layer, n, None)) is not None}
-        for path, layer in layers.items()
-    }
+    stats = {path: running_in(layer) for path, layer in layers.items()}
     params = {
         path: {n: v[...] for n in ("scale", "bias") if (v := getattr(layer, n)) is not None}
         for path, layer in layers.items()
@@ -156,7 +159,7 @@ def _moments(
             if layer.update_stats is False:  # would merge no batch either
                 layer.update_stats = None
         call(copy, batch)
-        return {path: layer.moments.get_value() for path, layer in layers.items()}
+        return {path: moments_in(layer) for path, layer in layers.items()}
 
     found = [collect(state, batch) for batch in as_list(batches)]
     if not found:

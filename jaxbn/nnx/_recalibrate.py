@@ -6,15 +6,12 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.typing import ArrayLike
 
-from jaxbn._flax.layer import Vectors, std_epsilon
+from jaxbn._flax.layer import std_epsilon, weight_of_batch
 from jaxbn._flax.moments import Layers, empty_moments, updated
 from jaxbn._flax.recalibrate import Callback, check_mode, recalibrated
 from jaxbn._moments import Moments
-from jaxbn._stats import BatchStats
 from jaxbn._types import Number
-from jaxbn.nnx._flax import BatchNorm
 from jaxbn.nnx._variables import (
     BatchMoments,
     BatchNormLayer,
@@ -22,7 +19,7 @@ from jaxbn.nnx._variables import (
     keeps_statistics,
     layers_in,
     moments_in,
-    value,
+    running_in,
     watch_modes,
 )
 
@@ -99,8 +96,8 @@ def update_batch_stats(model: nnx.Module) -> None:
             "jaxbn.nnx.init_batch_moments before the first batch."
         )
     for layer in layers:
-        weight, epsilon = _weight_of_batch(layer), std_epsilon(layer)
-        _set(layer, updated(_running(layer), moments_in(layer), weight, epsilon))
+        weight, epsilon = weight_of_batch(layer), std_epsilon(layer)
+        layer._set_running(updated(running_in(layer), moments_in(layer), weight, epsilon))
         layer.moments = nnx.data(None)
 
 
@@ -166,7 +163,7 @@ def recalibrate(
     new = recalibrated(
         collect,
         random,
-        {name: _running(layer) for name, layer in layers.items()},
+        {name: running_in(layer) for name, layer in layers.items()},
         batches,
         sequential=sequential,
         average=average,
@@ -174,7 +171,7 @@ def recalibrate(
         callback=callback,
     )
     for name, layer in layers.items():
-        _set(layer, new[name])
+        layer._set_running(new[name])
 
 
 @partial(jax.jit, static_argnames=("graphdef", "call", "train"))
@@ -194,7 +191,7 @@ def _of_batch(
     model = nnx.merge(graphdef, random, rest)
     layers = {name: v for name, v in layers_in(model).items() if name in running}
     for name, layer in layers.items():
-        _set(layer, running[name])
+        layer._set_running(running[name])
         attach_moments(layer)
         layer.use_running_average = not train
         if not layer.frozen:
@@ -216,19 +213,4 @@ def _chosen(model: nnx.Module, where: Any) -> dict[str, BatchNormLayer]:
 
 
 def attach_moments(layer: BatchNormLayer) -> None:
-    layer.moments = BatchMoments(Moments(**empty_moments(_running(layer))))
-
-
-def _running(layer: Any) -> Vectors:
-    """The running statistics by name; `BatchNorm` has no count."""
-    variables = {name: getattr(layer, name, None) for name in BatchStats._fields}
-    return {name: value(v) for name, v in variables.items() if v is not None}
-
-
-def _set(layer: BatchNormLayer, running: Vectors) -> None:
-    for name, array in running.items():
-        getattr(layer, name).set_value(array)
-
-
-def _weight_of_batch(layer: Any) -> ArrayLike | None:
-    return 1 - layer.momentum if isinstance(layer, BatchNorm) else layer.momentum
+    layer.moments = BatchMoments(Moments(**empty_moments(running_in(layer))))

@@ -11,6 +11,7 @@ from flax.typing import Dtype, Initializer
 from jaxbn._activation import Activation, is_own
 from jaxbn._flax.layer import EFFECTS, Kept, Vectors, collects, modes
 from jaxbn._moments import Moments
+from jaxbn._stats import BatchStats
 from jaxbn._types import Flag
 
 
@@ -113,8 +114,17 @@ class BatchNormLayer(nnx.Module):
         if self.moments is not None and new.moments:
             self.moments.set_value(Moments(**new.moments))
         elif updated:
-            for name, array in new.running.items():
-                getattr(self, name).set_value(array)
+            self._set_running(new.running)
+
+    def _set_running(self, running: Vectors) -> None:
+        for name, array in running.items():
+            getattr(self, name).set_value(array)
+
+
+def running_in(layer: Any) -> Vectors:
+    """The running statistics that a layer has, by name; `BatchNorm` has no count."""
+    variables = {name: getattr(layer, name, None) for name in BatchStats._fields}
+    return {name: value(v) for name, v in variables.items() if v is not None}
 
 
 def moments_in(layer: Any) -> Vectors:
