@@ -1,0 +1,22 @@
+"""The source of the documentation is pleasant to read and to compare."""
+
+import re
+
+import pytest
+from helpers.reader import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"])
+LONGEST = 120
+
+
+def prose(page):
+    """The lines that are neither code, nor a table, nor one link or address that cannot break."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for line in text.split("\n"):
+        if not line.startswith("|") and " " in line.strip(" -"):
+            yield line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_are_short(page):
+    assert [line for line in prose(page) if len(line) > LONGEST] == []
