@@ -1,8 +1,8 @@
 """Batch normalization for JAX: torch's semantics as pure functions over pytrees.
 
-The Flax modules live in `jaxbn.linen` and `jaxbn.nnx`, and the one for Equinox in `jaxbn.equinox`,
-which are imported on their own: `import jaxbn` needs jax only. `jaxbn.torch` and `jaxbn.interop`
-convert what other libraries keep.
+`import jaxbn` needs JAX and NumPy only. The layers are imported on their own: those for Flax from
+`jaxbn.linen` and `jaxbn.nnx`, with the extra `flax`, and that for Equinox from `jaxbn.equinox`,
+with the extra `equinox`. `jaxbn.torch` and `jaxbn.interop` convert what other libraries keep.
 """
 
 from importlib.metadata import version as _version

@@ -4,14 +4,8 @@
 with `pip install 'jaxbn[equinox]'`.
 """
 
-try:
-    import equinox as _equinox  # noqa: F401
-except ModuleNotFoundError as error:
-    if error.name != "equinox":
-        raise
-    raise ModuleNotFoundError(
-        "`jaxbn.equinox` needs Equinox, which is not installed. Use pip install 'jaxbn[equinox]'.",
-        name="equinox",
-    ) from error
+from jaxbn import _extras
+
+_extras.check_installed("equinox", "Equinox", __name__)
 
 from jaxbn.equinox._batch_norm import BatchNorm as BatchNorm

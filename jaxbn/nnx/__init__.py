@@ -1,8 +1,12 @@
 """Flax NNX modules: they own the variables and call the functions of `jaxbn`.
 
 `BatchNorm` has the constructor and the conventions of `flax.nnx.BatchNorm`; `BatchNorm1d`,
-`BatchNorm2d` and `BatchNorm3d` have those of torch.
+`BatchNorm2d` and `BatchNorm3d` have those of torch. Flax comes with `pip install 'jaxbn[flax]'`.
 """
+
+from jaxbn import _extras
+
+_extras.check_installed("flax", "Flax", __name__)
 
 from jaxbn.nnx._convert import convert as convert
 from jaxbn.nnx._diagnosis import explain_gap as explain_gap
