@@ -13,7 +13,7 @@ import pretrained
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"])
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 ELSEWHERE = (TUTORIAL, ROOT / "docs" / "torch.md")  # torch.md: in test_state_dict.py
 OPTIONAL = ("equinox", "haiku", "keras", "onnx", "safetensors", "torch")
