@@ -14,12 +14,8 @@ from jaxbn._core.forward import Form, Operands, activated, applied, coefficients
 from jaxbn._core.moments import Shifted, centered, means, shifted_moments, where_valid
 from jaxbn._core.renorm import corrected, correction
 
-CHECKPOINT_NAMES = ("jaxbn.input", "jaxbn.mean", "jaxbn.rstd")
-"""Names for the policies of `jax.checkpoint`: of the input, the mean and `1/√(var + epsilon)`.
-
-From these the backward pass computes a layer again without reductions.
-"""
-INPUT, MEAN, RSTD = CHECKPOINT_NAMES
+# For policies of `jax.checkpoint`: from these a layer is computed again without reductions.
+INPUT, MEAN, RSTD = CHECKPOINT_NAMES = ("jaxbn.input", "jaxbn.mean", "jaxbn.rstd")
 OUTPUT = "jaxbn.output"
 
 # The output, the moments of the batch, and `rstd`.

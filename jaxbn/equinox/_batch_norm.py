@@ -62,11 +62,9 @@ class BatchNorm(eqx.nn.StatefulLayer):
     Attributes:
       weight: γ, shape `[C]`, or None.
       bias: β, shape `[C]`, or None.
-      ema_first_time_index: a `StateIndex` of mode "ema", else None. For either mode
+      ema_first_time_index, ema_state_index: the `StateIndex`es of mode "ema", else None.
+      batch_counter, batch_state_index: those of mode "batch", else None. For either mode
         `jaxbn.interop.from_equinox` gives the state as `BatchStats`.
-      ema_state_index: a `StateIndex` of mode "ema", else None.
-      batch_counter: a `StateIndex` of mode "batch", else None.
-      batch_state_index: a `StateIndex` of mode "batch", else None.
 
     Args:
       input_size: the number of channels, C.
