@@ -47,7 +47,7 @@ def browser():
 
 
 @contextlib.contextmanager
-def opened(browser, address, path, width=1440):
+def opened(browser, address, path):
     """A page that is loaded and used without a message, a failure or a request elsewhere."""
     faults = []
 
@@ -60,23 +60,24 @@ def opened(browser, address, path, width=1440):
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("requestfailed", lambda failed: faults.append(f"{failed.failure} {failed.url}"))
         page.on("response", watch_answer)
-        page.set_viewport_size({"width": width, "height": 900})
         page.goto(f"{address}/{path}/")
         yield page
         assert faults == []
 
 
-@pytest.mark.parametrize("width", [1440, 390])
 @pytest.mark.parametrize("path", PAGES)
-def test_page(browser, address, path, width):
+def test_page(browser, address, path):
     missing = "[...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
     wider = "document.scrollingElement.scrollWidth - document.scrollingElement.clientWidth"
-    with opened(browser, address, path, width) as page:
+    with opened(browser, address, path) as page:
         for system, scheme in (("light", "default"), ("dark", "slate")):
             page.emulate_media(color_scheme=system)
             page.locator(f"body[data-md-color-scheme={scheme}]").wait_for()
-            assert page.evaluate(missing) == []
-            assert page.evaluate(wider) == 0
+            for width in (1440, 390):
+                page.set_viewport_size({"width": width, "height": 900})
+                assert page.evaluate("innerWidth") == width
+                assert page.evaluate(missing) == []
+                assert page.evaluate(wider) == 0
 
 
 def test_search(browser, address):
