@@ -21,6 +21,7 @@ PAGES = {
 }
 FIGURES = "benchmarks/results/*.png"
 LINK = re.compile(r"(?<=]\()[^)#:\s]+")  # the path in a relative link
+CODE = re.compile(r"`[^`\n]+`")
 
 
 def place_of(path: str) -> str:
@@ -36,7 +37,10 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrites the links of a page to files that exist; mkdocs reports the others."""
+    """Rewrites the links of a page to files that exist; mkdocs reports the others.
+
+    GitHub needs a backslash before a pipe in a table's code, and mkdocs would show it.
+    """
     folder = Path(str(page.file.abs_src_path)).parent
 
     def rewritten(link: re.Match[str]) -> str:
@@ -48,4 +52,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return os.path.relpath(place_of(path), Path(page.file.src_uri).parent)
         return f"{config.repo_url}/blob/main/{path}"
 
+    markdown = CODE.sub(lambda code: code[0].replace(r"\|", "|"), markdown)
     return LINK.sub(rewritten, markdown)
