@@ -11,6 +11,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -27,6 +28,11 @@ CODE = re.compile(r"`[^`\n]+`")
 def place_of(path: str) -> str:
     """The place on the site of a file of the repository."""
     return PAGES.get(path, path.removeprefix("docs/"))
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Makes the anchors of headings as GitHub does, for links that work there too."""
+    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
