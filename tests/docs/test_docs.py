@@ -13,7 +13,7 @@ import pretrained
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"])
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 ELSEWHERE = (TUTORIAL, ROOT / "docs" / "torch.md")  # torch.md: in test_state_dict.py
 OPTIONAL = ("equinox", "haiku", "keras", "onnx", "safetensors", "torch")
@@ -120,3 +120,10 @@ def test_links_and_figures():
                 path = page.parent / target
                 assert path.exists(), (page, target)
                 assert not figure or path.read_bytes().startswith(b"\x89PNG"), (page, target)
+
+
+def test_lists():
+    """A list begins after an empty line; the site shows it as text otherwise."""
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        assert not re.findall(r"^[^-*\d\s].*\n(?:[-*]|\d+\.) .*", text, re.MULTILINE), page
