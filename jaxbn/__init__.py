@@ -1,8 +1,8 @@
 """Batch normalization for JAX: torch's semantics as pure functions over pytrees.
 
-The Flax modules live in `jaxbn.linen` and `jaxbn.nnx`, and the one for Equinox in `jaxbn.equinox`,
-which are imported on their own: `import jaxbn` needs jax only. `jaxbn.torch` and `jaxbn.interop`
-convert what other libraries keep.
+`import jaxbn` needs JAX and NumPy only. Import the layers separately: `jaxbn.linen` and `jaxbn.nnx`
+for Flax, `jaxbn.equinox` for Equinox. `jaxbn.torch` converts checkpoints of torch, `jaxbn.interop`
+the running statistics of Haiku, Equinox and Keras.
 """
 
 from importlib.metadata import version as _version

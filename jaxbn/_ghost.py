@@ -1,4 +1,4 @@
-"""Groups of samples that are normalized apart: ghost batch norm."""
+"""Ghost batch norm: groups of samples, each normalized by its own moments."""
 
 import math
 import numbers
@@ -13,7 +13,7 @@ from jaxbn._types import Integer
 
 
 def checked_groups(virtual_batch_size: Integer | None, x: jax.Array, axis: int) -> int:
-    """How many groups of `virtual_batch_size` samples are normalized apart."""
+    """The number of groups of `virtual_batch_size` samples."""
     if virtual_batch_size is None:
         return 1
     whole = isinstance(virtual_batch_size, numbers.Integral)
@@ -50,11 +50,11 @@ def checked_groups(virtual_batch_size: Integer | None, x: jax.Array, axis: int) 
 def by_group(
     function: Callable[..., Any], groups: int, axis: int, x: jax.Array, *others: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    """`function(x, *others)`, an output like `x` and a tree of statistics, of each group.
+    """Calls `function(x, *others)` for each group; it returns an output like `x`, and statistics.
 
-    The groups are blocks of neighbours along the batch axis, so that samples that are spread over
-    devices stay in place. What has one entry there belongs to all groups. The statistics come back
-    stacked along a first axis.
+    The groups are blocks of neighbors along the batch axis, so samples that are spread over devices
+    stay in place. An array with one entry along the batch axis belongs to all groups. The
+    statistics come back stacked along a new first axis.
     """
     batch_axis = reduced_axes(x.ndim, axis)[0]
 
