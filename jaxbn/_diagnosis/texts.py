@@ -1,4 +1,4 @@
-"""Each cause in words: what is wrong, and what to do. Braces take the numbers of a finding."""
+"""Each cause in words: the problem and the remedy. Braces take the numbers of a finding."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ RECALIBRATE = "compute them anew over training batches (`recalibrate`)"
 
 
 class Text(NamedTuple):
-    """Two sentences."""
+    """The two texts of a cause."""
 
     problem: str
     remedy: str
