@@ -1,7 +1,8 @@
 """Flax Linen modules: they own the variables and call the functions of `jaxbn`.
 
-`BatchNorm` has the constructor and the conventions of `flax.linen.BatchNorm`; `BatchNorm1d`,
-`BatchNorm2d` and `BatchNorm3d` have those of torch.
+`BatchNorm` has the constructor and the conventions of `flax.linen.BatchNorm`. `BatchNorm1d`,
+`BatchNorm2d` and `BatchNorm3d` have those of torch. Other functions work on whole models:
+conversion, recalibration and diagnosis.
 """
 
 from jaxbn.linen._convert import convert as convert
