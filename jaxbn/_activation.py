@@ -82,8 +82,8 @@ def check_keep_output(
         )
     if by_sample:
         raise ValueError(
-            "`keep_output` takes a `scale` and a `bias` of shape [C]; got [N, C], of each sample. "
-            "Keep the input."
+            "`keep_output` takes a `scale` and a `bias` of shape [C]; got [N, C], one row per "
+            "sample. Keep the input."
         )
 
 

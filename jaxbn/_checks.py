@@ -149,8 +149,8 @@ def check_bool(value: Any, name: str) -> None:
     if shape := getattr(value, "shape", ()):
         kind = "bools" if value.dtype == bool else value.dtype
         raise ValueError(
-            f"`{name}` must be one bool, for all samples; got {kind} of shape {shape}. A mask goes "
-            "by its name: mask=…."
+            f"`{name}` must be one bool, for all samples; got {kind} of shape {shape}. Pass a mask "
+            "by name: mask=…."
         )
     if not isinstance(value, bool) and str(getattr(value, "dtype", None)) != "bool":
         raise TypeError(f"`{name}` must be True, False or a traced bool; got {value!r}.")

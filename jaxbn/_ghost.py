@@ -34,15 +34,15 @@ def checked_groups(virtual_batch_size: Integer | None, x: jax.Array, axis: int) 
     if samples % value:
         raise ValueError(
             f"`virtual_batch_size` must divide the number of samples; got {value} for x.shape="
-            f"{x.shape}, {samples} samples. Pad the batch and mask what is padded."
+            f"{x.shape}, {samples} samples. Pad the batch and mask the padding."
         )
     groups = samples // value
     devices = spread_over(jax.typeof(x), batch_axis)
     if groups % devices:
         raise ValueError(
-            "A group may not extend over devices where the type of `x` spreads its samples over "
-            f"{devices} of them; got virtual_batch_size={value} for {samples // devices} samples "
-            "on each. Take a divisor of that, or a mesh of AxisType.Auto."
+            "`virtual_batch_size` must divide the number of samples on each device if the type of "
+            f"`x` spreads them over devices; got {value} for {samples // devices} samples on each "
+            f"of {devices} devices. Pass a divisor of that, or use a mesh of AxisType.Auto."
         )
     return groups
 

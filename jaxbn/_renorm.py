@@ -107,7 +107,7 @@ def limits(
     if renorm is None:
         return None
     if stats is None:
-        raise ValueError("`renorm` corrects towards running statistics: pass `stats`; got None.")
+        raise ValueError("`renorm` needs running statistics; got stats=None. Pass `stats`.")
     stats = jax.lax.stop_gradient(checked_stats(stats))
     mean = checked_vector(stats.mean, "stats.mean", x, axis)
     var = checked_vector(stats.var, "stats.var", x, axis)

@@ -302,7 +302,7 @@ def checked_stats(stats: BatchStats) -> BatchStats:
     if count.ndim:
         raise ValueError(
             "`stats.count` must be a scalar, the number of batches of all channels; got shape "
-            f"{count.shape}. Of statistics that are replicated take one: count[0]."
+            f"{count.shape}. From replicated statistics, take one: count[0]."
         )
     return stats
 

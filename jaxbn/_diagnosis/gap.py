@@ -330,7 +330,7 @@ def _of_statistics(
         before = layers[i - 1] if i else layer
         cause = causes[i]
         if cause and cause.kind in BY_EPSILON_TOO and _near_epsilon(before, causes[i - 1]):
-            yield before, _epsilon(before, f" The layer behind, {layer.path}, does not fit.")
+            yield before, _epsilon(before, f" The next layer, {layer.path}, does not fit.")
             return
     known = [(v, cause) for v, cause in zip(layers, causes, strict=True) if cause]
     certain = [(v, cause) for v, cause in known if cause.kind != "other_model"]

@@ -40,7 +40,7 @@ COMPLEX: tuple[Any, Any, Any] = (complex_moments, complex_normalize, complex_bat
 
 EFFECTS = (
     "`activation` must not write variables: it is traced on its own; got a function that writes "
-    "some. Apply it to the output of the layer instead."
+    "one. Apply it to the output of the layer instead."
 )
 
 
@@ -91,8 +91,8 @@ def check_channels(layer: Module, shape: tuple[int, ...], features: tuple[int, .
         return
     expected, got = (v[0] if len(v) == 1 else v for v in (features, channels))
     raise ValueError(
-        f"{type(layer).__name__} of {expected} channels expected as many at axis={layer.axis} of "
-        f"its input; got {got}, x.shape={shape}."
+        f"{type(layer).__name__} expected {expected} channels at axis={layer.axis} of its input; "
+        f"got {got}, x.shape={shape}."
         + (axis_hint(shape, layer.axis, features) if len(channels) == 1 else "")
     )
 
@@ -110,8 +110,8 @@ def affine(
         return own if layer.train_affine else jax.lax.stop_gradient(own)
     if own is not None:
         raise ValueError(
-            f"`{name}` of a call takes the place of the layer's own, which it must not have; make "
-            f"the layer with {'affine=False' if hasattr(layer, 'affine') else f'use_{name}=False'}."
+            f"`{name}` in a call needs a layer without its own; got one that has it. Make the "
+            f"layer with {'affine=False' if hasattr(layer, 'affine') else f'use_{name}=False'}."
         )
     return checked_array(given, name)
 
@@ -288,13 +288,13 @@ def _check_domain(layer: Module, domain: object, kept: Kept) -> None:
     """Refuses a `domain` without `num_domains`, the reverse, and a domain with moments."""
     if (domain is None) != (layer.num_domains is None):
         raise ValueError(
-            "`domain` says which of `num_domains` sets of statistics a call is for; got "
+            "`domain` must be given if the layer has `num_domains`, and only then; got "
             f"domain={domain!r} for a layer with num_domains={layer.num_domains}."
         )
     if kept.moments and domain is not None:
         raise NotImplementedError(
-            "Layers with `num_domains` keep no moments: they cannot be recalibrated, accumulated "
-            "or explained. Take a model of each domain, or leave them out by `where`."
+            "Layers with `num_domains` keep no moments, so they cannot be recalibrated, "
+            "accumulated or explained. Use one model per domain, or exclude them with `where`."
         )
 
 

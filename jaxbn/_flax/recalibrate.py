@@ -125,13 +125,13 @@ def _check_options(batches: Any, sequential: bool, average: bool, prior: Number)
     if isinstance(batches, Mapping) or hasattr(batches, "shape"):
         raise TypeError(
             "`batches` must be an iterable of batches; got one batch, a "
-            f"{type(batches).__name__}. Pass a list of it."
+            f"{type(batches).__name__}. Pass it in a list."
         )
     if not isinstance(batches, Iterable):
         raise TypeError(f"`batches` must be iterable; got {type(batches).__name__}.")
     if sequential and isinstance(batches, Iterator):
         raise TypeError(
-            "`batches` must start anew for each pass where sequential=True; got a "
+            "`batches` must start anew for each pass with sequential=True; got a "
             f"{type(batches).__name__}, which runs once. Pass a list, or an object whose __iter__ "
             "makes a new iterator."
         )
@@ -145,14 +145,14 @@ def _check_known(new: Layers, whole: Layers, least: int) -> None:
     if few:
         raise ValueError(
             "Each batch norm must get at least two values per channel; got fewer for "
-            f"{listed(few)}. Leave out by `where` what is frozen, has update_stats=False, is not "
-            "called, or is another library's. In `nn.scan` and other lifted transforms name the "
-            'collection: variable_axes={"batch_moments": 0}.'
+            f"{listed(few)}. Use `where` to exclude layers that are frozen, have "
+            "update_stats=False, are not called, or belong to another library. In `nn.scan` and "
+            'other lifted transforms, name the collection: variable_axes={"batch_moments": 0}.'
         )
     if bad:
         raise ValueError(
             "Each batch norm must get finite values; got NaN or infinity in the input of "
-            f"{listed(bad)}. With skip_nonfinite=True a layer leaves such batches out."
+            f"{listed(bad)}. With skip_nonfinite=True, a layer ignores such batches."
         )
 
 

@@ -92,7 +92,7 @@ def checked_layer(
         raise ValueError(
             f"`feature_group_count` must divide the axis {letter} of the kernel of a "
             f"{'transposed ' if transposed else ''}convolution; got {groups} for kernel.shape="
-            f"{shape}, of which {letter} is {size} in layout={layout!r}."
+            f"{shape}, where {letter} has size {size} in layout={layout!r}."
         )
     return LinearLayer(shape, layout, int(groups), bool(transposed))
 
@@ -107,7 +107,7 @@ def checked_channels(value: ArrayLike, name: str, layer: LinearLayer, before: Bo
     if layer.spatial:
         options += f", feature_group_count={layer.groups}, transposed={layer.transposed}"
     turned = name != "kernel_bias" and vector.shape == (other,)
-    side = "in front of" if not before else "behind"
+    side = "before" if not before else "after"
     raise ValueError(
         f"`{name}` must have shape ({size},), one number for each channel that "
         f"{'enters' if before else 'leaves'} the linear layer; got {vector.shape} for {options}."
@@ -119,8 +119,8 @@ def check_padding(padding: Padding | None, layer: LinearLayer, before: Bool) -> 
     """Refuses padding between a batch norm and the convolution that it is folded into."""
     if padding is not None and (not before or layer.transposed):
         raise ValueError(
-            "`padding` makes a difference only where a batch norm comes before a convolution that "
-            f"is not transposed; got padding={padding!r} with before={before}, "
+            "`padding` has an effect only if a batch norm comes before a convolution that is not "
+            f"transposed; got padding={padding!r} with before={before}, "
             f"transposed={layer.transposed}. Leave it out."
         )
     pointwise = all(n == 1 for n in layer.spatial)
@@ -128,18 +128,18 @@ def check_padding(padding: Padding | None, layer: LinearLayer, before: Bool) -> 
         return
     if layer.transposed:
         raise ValueError(
-            "A batch norm in front of a transposed convolution can be folded only into a kernel of "
-            "one position (at stride 1): otherwise the number of inputs that meet in an output, "
-            "and with it the share of the batch norm's bias, differs from place to place; got "
+            "A batch norm before a transposed convolution can be folded only into a kernel of one "
+            "position (at stride 1): otherwise the number of inputs per output, and so the share "
+            "of the batch norm's bias, differs between positions; got "
             f"kernel.shape={layer.shape}. Leave this batch norm as it is."
         )
     if not _without_zeros(padding, len(layer.spatial), pointwise):
         raise ValueError(
-            "`padding` must be given where a batch norm comes before a convolution, and be one "
-            f"without zeros: {', '.join(WITHOUT_ZEROS)} or pads of 0; got {padding!r} for "
-            f"kernel.shape={layer.shape}. The layer pads what the batch norm has normalized. "
-            "Folded, it would pad what is not normalized yet, and zeros there mean another value. "
-            "Leave this batch norm as it is."
+            "`padding` must be given if a batch norm comes before a convolution, and must add no "
+            f"zeros: {', '.join(WITHOUT_ZEROS)} or pads of 0; got {padding!r} for "
+            f"kernel.shape={layer.shape}. The layer pads normalized values. After folding, it "
+            "would pad values before normalization, where zero means another value. Leave this "
+            "batch norm as it is."
         )
 
 

@@ -17,7 +17,7 @@ from jaxbn._types import Number
 Tree = Mapping[Any, Any]
 Variables = TypeVar("Variables", bound=Tree)
 CONCATENATION = (
-    "A batch norm behind a concatenation takes all layers in one pair, in the order of the "
+    "For a batch norm after a concatenation, put all layers in one pair, in the order of the "
     'channels: (("a", "b"), "norm").'
 )
 
@@ -111,7 +111,7 @@ def fold_variables(
         pair.before and jnp.ndim(linears[pair.linear]["kernel"]) > 2 for pair in checked
     ):
         raise ValueError(
-            "`padding` makes a difference only where a batch norm comes before a convolution; got "
+            "`padding` has an effect only if a batch norm comes before a convolution; got "
             f"padding={padding!r} and no such pair. Leave it out."
         )
     layers = [(linears[pair.linear], norms[pair.norm]) for pair in checked]
@@ -181,9 +181,9 @@ def _once_each(pairs: Pairs) -> list[tuple[Paths, str]]:
     for path in paths:
         if paths.count(path) > 1:
             raise ValueError(
-                f"A layer may come once in `pairs`; {path!r} comes twice. Fold the batch norms "
-                "before and behind a layer in two calls; a layer that feeds two batch norms "
-                "cannot take in either. " + CONCATENATION
+                f"A layer may occur once in `pairs`; {path!r} occurs twice. Fold the batch norms "
+                "before and after a layer in two calls. A layer that feeds two batch norms cannot "
+                "absorb either. " + CONCATENATION
             )
     return listed
 
@@ -291,7 +291,7 @@ def _fold(
                 padding=padding if before else None,
             )
     except (TypeError, ValueError) as error:
-        error.add_note(f"This was to fold {pair.norm!r} into {pair.linear!r}.")
+        error.add_note(_note(pair))
         if (
             not before
             and pair.channels is None
@@ -303,6 +303,10 @@ def _fold(
     finite = [jnp.isfinite(value) for value in (mean, var, *new)]
     finite[1] &= var >= 0
     return dict(zip(("kernel", "bias"), new, strict=True)), [jnp.sum(~valid) for valid in finite]
+
+
+def _note(pair: _Pair) -> str:
+    return f"This happened while folding {pair.norm!r} into {pair.linear!r}."
 
 
 REQUIREMENTS = (
@@ -321,7 +325,7 @@ def _check(wrong: list[jax.Array], values: Sequence[Any], pair: _Pair) -> None:
                 f"{requirement.format(value)}; got {count} of {jnp.size(value)} values that are "
                 "not."
             )
-            error.add_note(f"This was to fold {pair.norm!r} into {pair.linear!r}.")
+            error.add_note(_note(pair))
             raise error
 
 

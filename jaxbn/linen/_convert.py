@@ -107,7 +107,7 @@ def convert(
         raise ValueError(
             "`model` must be a Linen module that is neither bound nor made inside of another; got "
             f"{type(model).__name__}. Inside of a model use `with jaxbn.linen.converted():`, for "
-            "NNX jaxbn.nnx.convert."
+            "NNX models jaxbn.nnx.convert."
         )
     kind, earlier = _origin(type(model))
     conversion = _conversion(classes, fields)
@@ -237,7 +237,7 @@ def _conversion(classes: Collection[type[nn.Module]], fields: dict[str, Any]) ->
     names = FIELDS - OF_VARIABLES
     if unknown := [name for name in fields if name not in names]:
         raise ValueError(
-            "`fields` must be among those of jaxbn.linen.BatchNorm that say nothing of its "
+            "`fields` must be fields of jaxbn.linen.BatchNorm that do not determine its "
             f"variables, {', '.join(sorted(names))}; got {', '.join(unknown)}."
         )
     return Conversion(frozenset(classes), _key(sorted(fields.items())), fields)
@@ -249,7 +249,7 @@ def _fields(module: nn.Module, kind: type) -> dict[str, Any]:
         raise ValueError(
             "A class in `classes` must have no fields but Flax's and initializers; "
             f"{name_of(kind)} also has "
-            f"{', '.join(sorted(unknown))}, of which jaxbn.linen.BatchNorm knows nothing."
+            f"{', '.join(sorted(unknown))}, which jaxbn.linen.BatchNorm lacks."
         )
     if kind is not nn.BatchNorm:  # it has created its variables
         names = {name for name in names if not name.endswith("_init")}

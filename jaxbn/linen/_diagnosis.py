@@ -136,7 +136,7 @@ class _Seen:
         if silent:
             raise ValueError(
                 "Each batch norm must be one of jaxbn.linen and get values; got others or none for "
-                f"{', '.join(map(repr, silent))}. Convert the model by jaxbn.linen.convert."
+                f"{', '.join(map(repr, silent))}. Convert the model with jaxbn.linen.convert."
             )
 
     def _collect(self, variables: Mapping[str, Any], batch: Any, train: bool) -> Any:

@@ -94,8 +94,8 @@ def convert(
     found, left = _batch_norms(model, {*classes, *OWN})
     if not found:
         raise ValueError(
-            f"`model` must have a batch norm of the classes {', '.join(map(name_of, classes))}; got "
-            f"{type(model).__name__} with {', '.join(left) or 'none'}. List other classes in "
+            f"`model` must have a batch norm of the classes {', '.join(map(name_of, classes))}; "
+            f"got {type(model).__name__} with {', '.join(left) or 'none'}. List other classes in "
             "`classes`."
         )
     kinds = [to or (type(layer) if type(layer) in OWN else BatchNorm) for layer in found]
@@ -141,7 +141,7 @@ def _checked(fields: Fields, kind: type) -> Fields:
     names = [name for name in _defaults(kind) if name not in OF_VARIABLES]
     if unknown := [name for name in fields if name not in names]:
         raise ValueError(
-            f"`fields` must be among those of {name_of(kind)} that say nothing of its variables, "
+            f"`fields` must be fields of {name_of(kind)} that do not determine its variables, "
             f"{', '.join(names)}; got {', '.join(unknown)}."
         )
     return fields
@@ -155,8 +155,8 @@ def _fields_in(layer: Any, kind: type) -> Fields:
     lost = [name for name in only_before if fields[name] is not before[name]]
     if lost or (kind not in OWN and getattr(layer, "moments", None) is not None):
         raise ValueError(
-            f"{name_of(kind)} must have all that a layer uses; it has no "
-            f"{', '.join(sorted(lost)) or 'moments of batches'}. Set it to its default first."
+            f"{name_of(kind)} must have all fields that a layer uses; it has no "
+            f"{', '.join(sorted(lost)) or 'moments of batches'}. Set them to their defaults first."
         )
     if (_base(layer) in TORCH) != (kind in TORCH):
         fields |= _converted(layer, fields)
@@ -168,7 +168,7 @@ def _converted(layer: Any, fields: Fields) -> Fields:
     axis, momentum, tracked = fields["axis"], fields["momentum"], layer.mean is not None
     if isinstance(axis, (tuple, list)) or momentum is None or not tracked:
         raise ValueError(
-            "A layer must have one channel axis, a momentum and running statistics to go over to "
+            "A layer must have one channel axis, a momentum and running statistics to change to "
             f"other conventions; got axis={axis}, momentum={momentum}, and "
             f"{'' if tracked else 'no '}statistics."
         )

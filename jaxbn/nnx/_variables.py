@@ -178,7 +178,7 @@ def chosen_layers(model: nnx.Module, where: Any) -> dict[str, BatchNormLayer]:
     if foreign:
         raise ValueError(
             "The batch norms must be those of jaxbn.nnx; got layers of another library: "
-            f"{', '.join(foreign)}. Convert the model by jaxbn.nnx.convert, or leave them out by "
+            f"{', '.join(foreign)}. Convert the model with jaxbn.nnx.convert, or exclude them with "
             "`where`."
         )
     chosen = {"/".join(map(str, p)): v for p, v in modules if isinstance(v, BatchNormLayer)}

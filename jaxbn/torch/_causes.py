@@ -163,7 +163,7 @@ def _of_beginnings(slots: Iterable[str], keys: Collection[str], prefix: str) -> 
     )
     best = [before for before, times in found.items() if times == max(found.values())]
     if 0 < len(best) <= 3:
-        yield f"They are there with {' or '.join(f'prefix={before!r}' for before in best)}."
+        yield f"The keys exist with {' or '.join(f'prefix={before!r}' for before in best)}."
     elif prefix and not any(key.startswith(prefix) for key in keys):
         first = list(dict.fromkeys(key.split(".")[0] for key in keys))
         yield f"No key begins with prefix={prefix!r}; they begin with {', '.join(first)}."

@@ -10,8 +10,8 @@ from jaxbn.torch._slots import Path, Shape
 
 Kind = tuple[tuple[str, Shape], ...]  # entries of a layer, with shapes in torch's layout
 
-# The names of a convolution and its batch norm differ only in such a word: conv1 and bn1, Conv_0 and
-# BatchNorm_0, conv_proj and norm_proj.
+# The names of a convolution and its batch norm differ only in such a word: conv1 and bn1,
+# Conv_0 and BatchNorm_0, conv_proj and norm_proj.
 _WORDS = re.compile(
     r"(?<![a-z])(conv(olution)?(transpose)?|(batch|sync|group|layer)?_?norm|[bgl]n)(\dd)?(?![a-z])",
     re.IGNORECASE,

@@ -235,8 +235,8 @@ def _only_way(
     theirs, ours = kinds(torch), kinds(flax)
     if theirs != ours:
         title = (
-            "The torch model and the Flax model must have the same layers; leave out what takes no "
-            "part. They differ in these, shapes in torch's layout:"
+            "The torch model and the Flax model must have the same layers; leave out those that "
+            "take no part. They differ in these (shapes in torch's layout):"
         )
         lines = _both_sides(torch, flax, (theirs - ours) | (ours - theirs))
         lines += [*statistics_hint(entries, variables), *onnx_hint(entries)]
