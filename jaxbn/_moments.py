@@ -36,6 +36,10 @@ class Moments(NamedTuple):
       >>> jaxbn.batch_moments(jnp.array([[1.0, 10.0], [3.0, 10.0]]))
       Moments(mean=Array([ 2., 10.], dtype=float32), var=Array([1., 0.], dtype=float32), \
 count=Array(2., dtype=float32))
+
+    References:
+      Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+      variances", COMPSTAT 1982.
     """
 
     mean: jax.Array

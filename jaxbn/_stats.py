@@ -39,6 +39,9 @@ class BatchStats(NamedTuple):
       >>> jaxbn.init_batch_stats(2)
       BatchStats(mean=Array([0., 0.], dtype=float32), var=Array([1., 1.], dtype=float32), \
 count=Array(0, dtype=int32))
+
+    References:
+      `torch.nn.BatchNorm2d`: `running_mean`, `running_var`, `num_batches_tracked`.
     """
 
     mean: jax.Array

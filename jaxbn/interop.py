@@ -59,11 +59,14 @@ def from_haiku(state: Mapping[str, Any], module: str = "batch_norm") -> BatchSta
     """
     mean, var = (state[name] for name in _names(state, module))
     if mean["average"].size != max(mean["average"].shape):
-        raise ValueError(f"Only the channels may be left; got averages of {mean['average'].shape}.")
+        raise ValueError(
+            "The averages must have one axis longer than 1, the channel axis; got shape "
+            f"{mean['average'].shape}."
+        )
     if mean["counter"] != var["counter"] or mean["counter"] < 1:
         raise ValueError(
-            "`mean_ema` and `var_ema` must have averaged as many batches, at least 1; got "
-            f"{mean['counter']} and {var['counter']}. Before the first, use init_batch_stats."
+            "`mean_ema` and `var_ema` must have averaged the same number of batches, at least 1; "
+            f"got {mean['counter']} and {var['counter']}. Before the first, use init_batch_stats."
         )
     return _stats([ema["average"].ravel() for ema in (mean, var)], mean["counter"])
 
@@ -103,12 +106,15 @@ def to_haiku(
     stats = checked_stats(stats)
     weights = sum_of_weights(stats, decay_rate)
     if not stats.count:
-        raise ValueError("Haiku has no average of 0 batches; use stats._replace(count=…).")
+        raise ValueError("`stats` must have at least 1 batch; got 0. Use stats._replace(count=…).")
     emas: dict[str, Any] = {}
     for name, average in zip(_names(state, module), stats[:2], strict=True):
         shape = state[name]["average"].shape
         if not average.size == max(shape) == state[name]["average"].size:
-            raise ValueError(f"`stats` are of {average.size} channels, those in {name} of {shape}.")
+            raise ValueError(
+                f"`stats` must have the channels of {name}, which has shape {shape}; got "
+                f"{average.size} channels."
+            )
         hidden = (average * weights).reshape(shape)
         emas[name] = {"average": average.reshape(shape), "hidden": hidden, "counter": stats.count}
     return {**state, **emas}
@@ -196,7 +202,10 @@ def to_equinox(
     stats = checked_stats(stats)
     weights = sum_of_weights(stats, momentum)
     if not stats.count and ((stats.mean != 0) | (stats.var != 1)).any():
-        raise ValueError("Averages of 0 batches are 0 and 1; use stats._replace(count=…).")
+        raise ValueError(
+            "`stats` of 0 batches must have mean 0 and variance 1; got other values. Use "
+            "stats._replace(count=…)."
+        )
     return jnp.array(int(stats.count)), (stats.mean * weights, stats.var * weights)
 
 
@@ -228,7 +237,7 @@ def from_keras(weights: Sequence[ArrayLike]) -> BatchStats:
     """
     if not 2 <= len(weights) <= 4:
         raise ValueError(
-            "`weights` must be gamma and beta, where there are any, moving_mean and "
+            "`weights` must be gamma and beta, if there are any, moving_mean and "
             f"moving_variance; got {len(weights)} arrays."
         )
     return _stats(weights[-2:], 0)

@@ -1,8 +1,6 @@
 """Batch norm of complex numbers, composed from their real and imaginary parts.
 
-    y = (x − E[x]) · scale / √(Var[x] + epsilon) + bias        Var[x] = E[|x − E[x]|²]
-
-The variance is real.
+y = (x − E[x]) · scale / √(Var[x] + epsilon) + bias        Var[x] = E[|x − E[x]|²]
 """
 
 from typing import Any

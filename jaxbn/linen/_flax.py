@@ -89,8 +89,8 @@ class BatchNorm(nn.Module):
         either mode. Default: False.
       renorm: batch renormalization (`jaxbn.Renorm`), which corrects the batch toward the running
         statistics in training mode; None for batch norm. Default: None.
-      num_domains: number k of sets of running statistics, of which `domain` in the call selects
-        one; None for one set. Default: None.
+      num_domains: number k of sets of running statistics; `domain` in the call selects one. None
+        for one set. Default: None.
       shared_affine: whether all domains share `scale` and `bias`. By default, each domain has its
         own. Default: False.
       keep_output: whether training mode keeps the output instead of the input for the backward

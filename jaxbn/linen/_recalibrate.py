@@ -138,7 +138,7 @@ def recalibrate(
     prior: Number = 0,
     callback: Callback | None = None,
 ) -> dict[str, Any]:
-    """Replaces the running statistics by those of a data set: precise batch norm.
+    """Replaces the running statistics with those of a data set: precise batch norm.
 
         mean' = E[x]        var' = Var[x]·n/(n − 1)        count' = number of batches
 
@@ -162,7 +162,7 @@ def recalibrate(
         shape of a batch. The same function is not compiled again. `train` is a Python bool.
       variables: the collections of the model.
       batches: an iterable of batches, which are trees of arrays. `sequential` takes several passes,
-        and needs a list, or an object that starts anew each time.
+        and needs a list, or an object that can be iterated again.
       where: which batch norms to recalibrate, by their paths:
         `lambda path: path.startswith("backbone/")`. The others keep their statistics. By default,
         all.

@@ -113,7 +113,7 @@ def recalibrate(
     prior: Number = 0,
     callback: Callback | None = None,
 ) -> None:
-    """Replaces the running statistics by those of a data set: precise batch norm.
+    """Replaces the running statistics with those of a data set: precise batch norm.
 
         mean' = E[x]        var' = Var[x]·n/(n − 1)        count' = number of batches
 
@@ -128,7 +128,7 @@ def recalibrate(
     Args:
       model: a module, which is changed, or a batch norm itself.
       batches: an iterable of batches, which are trees of arrays. `sequential` takes several passes,
-        and needs a list, or an object that starts anew each time.
+        and needs a list, or an object that can be iterated again.
       call: function `(model, batch)` that runs the model:
         `lambda model, batch: model(batch["image"])`; by default `model(batch)`. It is traced and
         compiled once for each shape of a batch.

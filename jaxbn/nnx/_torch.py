@@ -185,8 +185,8 @@ class BatchNorm1d(_TorchBatchNorm):
         either mode.
       renorm: batch renormalization (`jaxbn.Renorm`), which corrects the batch toward the running
         statistics in training mode; None for batch norm.
-      num_domains: number k of sets of running statistics, of which `domain` in the call selects
-        one; None for one set.
+      num_domains: number k of sets of running statistics; `domain` in the call selects one. None
+        for one set.
       shared_affine: whether all domains share `scale` and `bias`. By default, each domain has its
         own.
       keep_output: whether training mode keeps the output instead of the input for the backward

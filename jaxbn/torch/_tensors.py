@@ -96,8 +96,8 @@ def check_statistics(array: Array, key: str, name: str) -> None:
             )
         if not 0 <= array <= np.iinfo(np.int32).max:
             raise ValueError(
-                f"`{key}` must fit into int32 and not be negative; got {array}. It matters with "
-                "momentum=None only: otherwise any number will do."
+                f"`{key}` must fit into int32 and not be negative; got {array}. Its value matters "
+                "only with momentum=None; otherwise, use any number."
             )
     elif name in ("mean", "var"):
         with np.errstate(invalid="ignore"):  # a signaling NaN
@@ -108,7 +108,7 @@ def check_statistics(array: Array, key: str, name: str) -> None:
                 "overflowed in half precision, before this was saved."
             )
         if name == "var" and (array < 0).any():
-            raise ValueError(f"`{key}` must not be negative, a variance; got {array.min()}.")
+            raise ValueError(f"`{key}` is a variance and must not be negative; got {array.min()}.")
 
 
 def torch_axes(ndim: int, transposed: bool) -> tuple[int, ...]:
