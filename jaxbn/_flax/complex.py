@@ -1,6 +1,8 @@
 """Batch norm of complex numbers, composed from their real and imaginary parts.
 
-y = (x − E[x]) · scale / √(Var[x] + epsilon) + bias        Var[x] = E[|x − E[x]|²]
+    y = (x − E[x]) · scale / √(Var[x] + epsilon) + bias        Var[x] = E[|x − E[x]|²]
+
+The variance is real.
 """
 
 from typing import Any

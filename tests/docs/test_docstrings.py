@@ -26,7 +26,8 @@ def public():
 
 def section(docstring, *titles):
     """The items of a section, by name."""
-    found = re.search(rf"^(?:{'|'.join(titles)}):\n((?:  .*\n|\n)+)", docstring + "\n", re.MULTILINE)
+    title = "|".join(titles)
+    found = re.search(rf"^(?:{title}):\n((?:  .*\n|\n)+)", docstring + "\n", re.MULTILINE)
     items = re.findall(r"^  (\**\w+): ((?:.|\n    )*)", found[1] if found else "", re.MULTILINE)
     return {name.lstrip("*"): " ".join(text.split()) for name, text in items}
 
