@@ -51,50 +51,49 @@ class BatchNorm(nn.Module):
     - The output is zero where the input is masked.
     - The running statistics keep their dtype, which is at least float32.
 
-    Attributes:
+    Args:
       use_running_average: whether to normalize by the running statistics (inference mode). Give it
         either here or in the call. In the call, it may be a traced bool; `batch_stats` must then be
-        mutable in inference mode, too. Default: None.
+        mutable in inference mode, too.
       axis: channel axis of the input, or a sequence of channel axes. With several, the variables
-        have one dimension for each. Default: -1.
-      momentum: weight of the **old** running statistics, between 0 and 1. Default: 0.99.
-      epsilon: added to the variance inside the square root. Default: 1e-5.
+        have one dimension for each.
+      momentum: weight of the **old** running statistics, between 0 and 1.
+      epsilon: added to the variance inside the square root.
       dtype: dtype of the output; None for the promoted dtype of the input and the parameters. The
-        computation is at least float32 in either case. Default: None.
-      param_dtype: dtype of `scale` and `bias`. Default: float32.
-      use_bias: whether there is a `bias`. Default: True.
-      use_scale: whether there is a `scale`. Default: True.
-      bias_init: initializer of `bias`. Default: zeros.
-      scale_init: initializer of `scale`. Default: ones.
+        computation is at least float32 in either case.
+      param_dtype: dtype of `scale` and `bias`.
+      use_bias: whether there is a `bias`.
+      use_scale: whether there is a `scale`.
+      bias_init: initializer of `bias`.
+      scale_init: initializer of `scale`.
       axis_name: name of a mapped axis of `jax.vmap`, `jax.pmap` or `jax.shard_map`, or a tuple of
         names. In training mode, the batch then extends over all devices along it. It need not be
-        bound in initialization. Default: None.
+        bound in initialization.
       axis_index_groups: groups of indices along the one axis `axis_name`, such as
-        `[[0, 1], [2, 3]]`. Each group is a batch of its own. Default: None.
-      use_fast_variance: has no effect: the variance is fast and exact in either case. Default:
-        True.
+        `[[0, 1], [2, 3]]`. Each group is a batch of its own.
+      use_fast_variance: has no effect: the variance is fast and exact in either case.
       force_float32_reductions: False stores the running statistics in `param_dtype` if that is
-        float64. Reductions are at least float32 in either case. Default: True.
+        float64. Reductions are at least float32 in either case.
       activation: None, "relu", "leaky_relu", "silu" or "gelu" (as in `jax.nn`), or a function that
-        keeps the shape. Default: None.
+        keeps the shape.
       skip_nonfinite: whether a channel keeps its running statistics if the batch has NaN or
-        infinity in it; a bool, traced or not. Default: False.
+        infinity in it; a bool, traced or not.
       virtual_batch_size: number of neighboring samples that are normalized together in training
         mode: ghost batch norm. With `axis_name`, it counts the samples on each device. The merged
-        moments go into the running statistics. None for the whole batch. Default: None.
+        moments go into the running statistics. None for the whole batch.
       update_stats: whether the batch updates the running statistics; None means in training mode
-        only. Default: None.
-      train_affine: whether gradients reach `scale` and `bias`. Default: True.
+        only.
+      train_affine: whether gradients reach `scale` and `bias`.
       frozen: whether the layer normalizes by its running statistics and never updates them, in
-        either mode. Default: False.
+        either mode.
       renorm: batch renormalization (`jaxbn.Renorm`), which corrects the batch toward the running
-        statistics in training mode; None for batch norm. Default: None.
+        statistics in training mode; None for batch norm.
       num_domains: number k of sets of running statistics; `domain` in the call selects one. None
-        for one set. Default: None.
+        for one set.
       shared_affine: whether all domains share `scale` and `bias`. By default, each domain has its
-        own. Default: False.
+        own.
       keep_output: whether training mode keeps the output instead of the input for the backward
-        pass; see `jaxbn.batch_normalize`. Default: False.
+        pass; see `jaxbn.batch_normalize`.
 
     Raises:
       TypeError: the input is bool, or is complex and `dtype` is not, or `axis` is not made of ints.

@@ -134,50 +134,49 @@ class BatchNorm1d(_TorchBatchNorm):
     `mean`, `var` (`running_mean`, `running_var`) and `count` (`num_batches_tracked`, int32).
     Initialization does not count as a batch.
 
-    Attributes:
+    Args:
       num_features: number of channels, C.
-      eps: added to the variance inside the square root. Default: 1e-5.
+      eps: added to the variance inside the square root.
       momentum: weight of the **new** batch, between 0 and 1; None for the cumulative average.
-        Default: 0.1.
-      affine: whether there are a `scale` and a `bias`. Default: True.
+      affine: whether there are a `scale` and a `bias`.
       track_running_stats: whether the layer keeps running statistics. Without them, the batch
         normalizes itself in inference mode, too. If statistics are present anyway, they are used
-        but not updated. Default: True.
-      bias: whether a layer with `affine` has a `bias`. Default: True.
-      axis: channel axis of the input: 1 as in torch, -1 for channels last. Default: 1.
-      dtype: dtype of the output; None for the dtype of the input. Default: None.
+        but not updated.
+      bias: whether a layer with `affine` has a `bias`.
+      axis: channel axis of the input: 1 as in torch, -1 for channels last.
+      dtype: dtype of the output; None for the dtype of the input.
       param_dtype: dtype of `scale` and `bias`. The running statistics are float32, or float64 if
-        `param_dtype` is. Default: float32.
-      scale_init: initializer of `scale`. Default: ones.
-      bias_init: initializer of `bias`. Default: zeros.
+        `param_dtype` is.
+      scale_init: initializer of `scale`.
+      bias_init: initializer of `bias`.
       axis_name: name of a mapped axis of `jax.vmap`, `jax.pmap` or `jax.shard_map`, or a tuple of
         names. In training mode, the batch then extends over all devices along it. It need not be
-        bound in initialization. Default: None.
+        bound in initialization.
       use_running_average: whether to normalize by the running statistics (inference mode, torch's
         `eval()`). Give it either here or in the call. In the call, it may be a traced bool;
-        `batch_stats` must then be mutable in inference mode, too. Default: None.
+        `batch_stats` must then be mutable in inference mode, too.
       activation: None, "relu", "leaky_relu", "silu" or "gelu" (as in `jax.nn`), or a function that
-        keeps the shape. Default: None.
+        keeps the shape.
       skip_nonfinite: whether a channel keeps its running statistics if the batch has NaN or
-        infinity in it; a bool, traced or not. Default: False.
+        infinity in it; a bool, traced or not.
       axis_index_groups: groups of indices along the one axis `axis_name`, such as
-        `[[0, 1], [2, 3]]`. Each group is a batch of its own. Default: None.
+        `[[0, 1], [2, 3]]`. Each group is a batch of its own.
       virtual_batch_size: number of neighboring samples that are normalized together in training
         mode: ghost batch norm. With `axis_name`, it counts the samples on each device. The merged
-        moments go into the running statistics. None for the whole batch. Default: None.
+        moments go into the running statistics. None for the whole batch.
       update_stats: whether the batch updates the running statistics; None means in training mode
-        only. Default: None.
-      train_affine: whether gradients reach `scale` and `bias`. Default: True.
+        only.
+      train_affine: whether gradients reach `scale` and `bias`.
       frozen: whether the layer normalizes by its running statistics and never updates them, in
-        either mode. Default: False.
+        either mode.
       renorm: batch renormalization (`jaxbn.Renorm`), which corrects the batch toward the running
-        statistics in training mode; None for batch norm. Default: None.
+        statistics in training mode; None for batch norm.
       num_domains: number k of sets of running statistics; `domain` in the call selects one. None
-        for one set. Default: None.
+        for one set.
       shared_affine: whether all domains share `scale` and `bias`. By default, each domain has its
-        own. Default: False.
+        own.
       keep_output: whether training mode keeps the output instead of the input for the backward
-        pass; see `jaxbn.batch_normalize`. Default: False.
+        pass; see `jaxbn.batch_normalize`.
 
     Raises:
       TypeError: the input is not real floating point.
