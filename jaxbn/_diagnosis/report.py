@@ -24,7 +24,7 @@ class LayerReport(NamedTuple):
       worst: largest drift of the mean of a channel.
       dead: number of channels that are constant, or that scale and bias put more than four standard
         deviations below zero, where ReLU passes nothing.
-      offset: largest |mean|/std of a channel. `E[x²] − E[x]²` loses digits if it is large.
+      offset: largest `|mean|/std` of a channel. `E[x²] − E[x]²` loses digits if it is large.
       below_epsilon: part of the channels whose batch variance is below epsilon.
       non_finite: number of channels with NaN, infinity or a negative variance in their running
         statistics or in the moments of the batch.

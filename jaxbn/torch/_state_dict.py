@@ -179,7 +179,8 @@ def to_state_dict(
 
     Returns:
       NumPy arrays, contiguous, writable and sharing no memory with the variables, in the order of
-        each torch module: weight, bias, running_mean, running_var, num_batches_tracked (int64).
+        each torch module: `weight`, `bias`, `running_mean`, `running_var`, `num_batches_tracked`
+        (int64).
 
     Raises:
       TypeError: a variable or `statistics_dtype` is not float16, bfloat16, float32 or float64, a
