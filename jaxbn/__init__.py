@@ -1,8 +1,8 @@
 """Batch normalization for JAX: torch's semantics as pure functions over pytrees.
 
-`import jaxbn` needs JAX and NumPy only. Import the layers separately: `jaxbn.linen` and `jaxbn.nnx`
-for Flax, `jaxbn.equinox` for Equinox. `jaxbn.torch` converts checkpoints of torch, `jaxbn.interop`
-the running statistics of Haiku, Equinox and Keras.
+`import jaxbn` needs only JAX and NumPy. Import the layers separately: `jaxbn.linen` and `jaxbn.nnx`
+for Flax, `jaxbn.equinox` for Equinox. `jaxbn.torch` converts checkpoints of torch, and
+`jaxbn.interop` converts running statistics of Haiku, Equinox and Keras.
 """
 
 from importlib.metadata import version as _version
