@@ -98,7 +98,8 @@ def batch_norm(
         or not. `scale` and `bias` are shared, shape `[C]`, or have shape `[k, C]`. The samples of
         each domain are normalized among themselves. With one domain per sample, a domain without
         samples keeps its statistics and its count. A domain for the batch must be the same on all
-        devices of `axis_name`. If it is not, or does not exist, `y` is NaN.
+        devices of `axis_name`; otherwise `y` is NaN. A domain that does not exist is an error, or
+        gives NaN if it is in a JAX array.
       keep_output: whether training mode keeps `y` instead of `x` for the backward pass; see
         `batch_normalize`.
 
