@@ -238,7 +238,7 @@ def _conversion(classes: Collection[type[nn.Module]], fields: dict[str, Any]) ->
     if unknown := [name for name in fields if name not in names]:
         raise ValueError(
             "`fields` must be fields of jaxbn.linen.BatchNorm that do not determine its "
-            f"variables, {', '.join(sorted(names))}; got {', '.join(unknown)}."
+            f"variables: {', '.join(sorted(names))}; got {', '.join(unknown)}."
         )
     return Conversion(frozenset(classes), _key(sorted(fields.items())), fields)
 

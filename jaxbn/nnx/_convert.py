@@ -141,7 +141,7 @@ def _checked(fields: Fields, kind: type) -> Fields:
     names = [name for name in _defaults(kind) if name not in OF_VARIABLES]
     if unknown := [name for name in fields if name not in names]:
         raise ValueError(
-            f"`fields` must be fields of {name_of(kind)} that do not determine its variables, "
+            f"`fields` must be fields of {name_of(kind)} that do not determine its variables: "
             f"{', '.join(names)}; got {', '.join(unknown)}."
         )
     return fields

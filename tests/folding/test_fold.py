@@ -445,14 +445,14 @@ CASES = {
     "statistics of the inputs": (
         lambda: fold_conv(vector=V4),
         ValueError,
-        "For a batch norm in front of the layer pass before=True.",
+        "For a batch norm before the layer pass before=True.",
     ),
     "statistics of the outputs": (
         lambda: fold_conv(before=True, padding="VALID"),
         ValueError,
         "`mean` must have shape (4,), one number for each channel that enters the linear layer; "
         "got (6,) for kernel.shape=(3, 3, 4, 6), layout='HWIO', feature_group_count=1, "
-        "transposed=False. For a batch norm behind the layer pass before=False.",
+        "transposed=False. For a batch norm after the layer pass before=False.",
     ),
     "a matrix of statistics": (
         lambda: fold_dense(vector=V6[None]),
@@ -495,7 +495,7 @@ CASES = {
         lambda: fold_conv(feature_group_count=3, transposed=True),
         ValueError,
         "`feature_group_count` must divide the axis I of the kernel of a transposed convolution; "
-        "got 3 for kernel.shape=(3, 3, 4, 6), of which I is 4 in layout='HWIO'.",
+        "got 3 for kernel.shape=(3, 3, 4, 6), where I has size 4 in layout='HWIO'.",
     ),
     "outputs of a transposed convolution": (
         lambda: fold_conv(feature_group_count=2, transposed=True),
