@@ -1,8 +1,8 @@
 """Batch normalization for JAX: torch's semantics as pure functions over pytrees.
 
-`import jaxbn` needs JAX and NumPy only. The layers are imported on their own: those for Flax from
-`jaxbn.linen` and `jaxbn.nnx`, with the extra `flax`, and that for Equinox from `jaxbn.equinox`,
-with the extra `equinox`. `jaxbn.torch` and `jaxbn.interop` convert what other libraries keep.
+`import jaxbn` needs only JAX and NumPy. Import the layers separately: `jaxbn.linen` and `jaxbn.nnx`
+for Flax, `jaxbn.equinox` for Equinox. `jaxbn.torch` converts checkpoints of torch, and
+`jaxbn.interop` converts running statistics of Haiku, Equinox and Keras.
 """
 
 from importlib.metadata import version as _version

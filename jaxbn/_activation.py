@@ -1,4 +1,4 @@
-"""The functions that may be applied to the normalized values."""
+"""The functions that can be applied to the normalized values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +18,12 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": jax.nn.silu,
     "gelu": jax.nn.gelu,
 }
-# Linear on either side of zero: the sign of the output tells the derivative.
+# Linear on either side of zero: the sign of the output determines the derivative.
 PIECEWISE_LINEAR = (jax.nn.relu, jax.nn.leaky_relu)
 
 
 def _inverse_leaky_relu(y: jax.Array) -> jax.Array:
-    """`y`, or `y / 0.01` where it is negative. A CPU would write a selection out."""
+    """`y`, or `y / 0.01` if it is negative. A CPU would write the result of a `where` to memory."""
     return y - jax.nn.relu(-y) * (1 / 0.01 - 1)
 
 
@@ -34,17 +34,17 @@ INVERSES: dict[Activation | None, Activation] = {
 
 
 def is_own(activation: object) -> bool:
-    """Whether this is a function of the user's own. Those of `ACTIVATIONS` are elementwise."""
+    """Whether this is the user's own function. The functions in `ACTIVATIONS` are elementwise."""
     return callable(activation) and all(activation is not known for known in ACTIVATIONS.values())
 
 
 def checked_activation(
     activation: str | Activation | None, example: jax.ShapeDtypeStruct | None
 ) -> tuple[Activation | None, tuple[jax.Array, ...]]:
-    """The function `(z, *constants) -> array` of such a `z`, and the arrays that a closure held.
+    """The function `(z, *constants) -> array` for an argument like `example`, and its constants.
 
-    Taking the arrays out of the closure is what makes the result differentiable with respect to
-    them. A function of the user's own is called once.
+    The constants are the arrays of the activation's closure. As arguments, they have derivatives.
+    The user's own function is called once.
     """
     if isinstance(activation, str) and activation in ACTIVATIONS:
         return ACTIVATIONS[activation], ()
@@ -56,7 +56,7 @@ def checked_activation(
             f"`activation` must be None, a function, or one of {', '.join(ACTIVATIONS)}; "
             f"got {activation!r}."
         )
-    # A function of its own, since `activation` may not be hashable.
+    # Wrapped in a function, since `activation` may not be hashable.
     function, constants = jax.closure_convert(lambda z: activation(z), example)
     _check_output(jax.eval_shape(function, example, *constants), example)
     return function, tuple(constants)
@@ -65,7 +65,7 @@ def checked_activation(
 def check_keep_output(
     keep_output: object, activation: object, residual: object, *, by_sample: bool
 ) -> None:
-    """Whether the output may be kept in place of the input, which is computed from it."""
+    """Refuses `keep_output` if the input cannot be computed from the output."""
     check_known_bool(keep_output, "keep_output")
     if not keep_output:
         return
@@ -82,8 +82,8 @@ def check_keep_output(
         )
     if by_sample:
         raise ValueError(
-            "`keep_output` takes a `scale` and a `bias` of shape [C]; got [N, C], of each sample. "
-            "Keep the input."
+            "`keep_output` takes a `scale` and a `bias` of shape [C]; got [N, C], one row per "
+            "sample. Keep the input."
         )
 
 

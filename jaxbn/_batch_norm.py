@@ -1,4 +1,4 @@
-"""Batch norm whole: normalize, and keep the running statistics."""
+"""The complete batch norm: normalizes, and updates the running statistics."""
 
 import functools
 from collections.abc import Callable
@@ -47,72 +47,76 @@ def batch_norm(
     domain: ArrayLike | None = None,
     keep_output: Bool = False,
 ) -> tuple[jax.Array, Stats]:
-    """Batch norm in training or in inference mode, with its running statistics.
+    """Batch norm in training mode or inference mode, with running statistics.
 
         train      y, moments = batch_normalize(x);  stats' = update_batch_stats(stats, moments)
         inference  y = normalize(x, stats.mean, stats.var);  stats' = stats
 
-    In training the biased variance of the batch normalizes, and the unbiased one goes into the
-    running statistics: `new = (1 − momentum)·old + momentum·batch`, as in torch. Without
-    statistics to keep (`stats=None`) the batch normalizes itself in both modes.
+    In training mode, the biased variance of the batch normalizes `x`, and the unbiased variance
+    goes into the running statistics: `new = (1 − momentum)·old + momentum·batch`, as in torch. With
+    `stats=None`, the batch normalizes itself in both modes.
 
-    What normalizes, what the statistics learn and what is trained are three switches. `train` is
-    the first, `update_stats` the second. For the third, pass `jax.lax.stop_gradient(scale)`.
+    Three switches are independent. `train` selects the statistics that normalize. `update_stats`
+    selects whether the batch updates the running statistics. Passing `jax.lax.stop_gradient(scale)`
+    freezes the scale.
 
     Args:
-      x: input, channels at `axis`; float16, bfloat16, float32 or float64.
-      stats: running statistics of shape `[C]`, or None where none are kept.
-      scale: γ, shape `[C]`, or `[N, C]` for each sample its own; None means 1.
-      bias: β, shape `[C]`, or `[N, C]`; None means 0.
-      train: True for training mode. A traced bool compiles both modes under `jax.lax.cond`, so `x`
-        must then be fit for training.
-      update_stats: whether to fold the batch into the statistics; None for `train`. False in
-        training leaves them to another pass over the same batch, as in sharpness-aware or
-        adversarial training. True in inference lets statistics that normalize follow new data. A
-        traced bool computes the moments for either value.
+      x: input, with the channels at `axis`; float16, bfloat16, float32 or float64.
+      stats: running statistics of shape `[C]`, or None to keep none.
+      scale: γ, shape `[C]`, or `[N, C]` with one row per sample; None means 1.
+      bias: β, shape `[C]`, or `[N, C]` with one row per sample; None means 0.
+      train: True for training mode, False for inference mode. A traced bool compiles both modes
+        under `jax.lax.cond`, so `x` must be valid for training mode in either case.
+      update_stats: whether the batch updates the running statistics; None means in training mode
+        only. Use False in training mode for a second pass over the same batch, as in
+        sharpness-aware or adversarial training. Use True in inference mode to let the statistics
+        follow new data. With a traced bool, the moments are always computed.
       momentum: weight of the new batch, in [0, 1]; None for the cumulative average.
-      unbiased: whether the running variance is the unbiased one; the output never depends on it.
-      axis: the channel axis of `x`: 1 for torch's layouts, -1 for channels last.
-      epsilon: added to the variance inside the square root; a Python number, positive in training.
-      dtype: the dtype of `y`; None for that of `x`.
-      axis_name: name of a mapped axis, or a tuple of names, of `jax.vmap`, `jax.pmap` or
-        `jax.shard_map`: the batch is the one on all its devices.
-      axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
-      virtual_batch_size: splits the samples (of each device, where an axis is named) into groups of
-        so many neighbours, each normalized by itself: ghost batch norm. The running statistics take
-        the merged moments. None for one group.
+      unbiased: whether the running variance is the unbiased one. The output never depends on it.
+      axis: channel axis of `x`: 1 for torch's layouts, -1 for channels last.
+      epsilon: added to the variance inside the square root; a Python number, positive in training
+        mode.
+      dtype: dtype of `y`; None for the dtype of `x`.
+      axis_name: name of a mapped axis of `jax.vmap`, `jax.pmap` or `jax.shard_map`, or a tuple of
+        names. The batch then extends over all devices along it.
+      axis_index_groups: groups of indices along the one axis `axis_name`, such as
+        `[[0, 1], [2, 3]]`. Each group is a batch of its own.
+      virtual_batch_size: number of neighboring samples that are normalized together in training
+        mode: ghost batch norm. With `axis_name`, it counts the samples on each device. The merged
+        moments go into the running statistics. None for the whole batch.
       mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
         never affect a result or a derivative; the output there is zero.
-      activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function
-        that keeps the shape; it may close over arrays, and gradients reach them.
-      residual: added before the activation; in the shape of `x` and the dtype of `y`.
-      skip_nonfinite: keep the statistics of a channel if the batch has NaN or infinity in it; a
-        bool, traced or not.
-      renorm: corrects a batch towards the running statistics in training: batch renormalization
-        with limits on the correction. None for batch norm.
-      domain: which of k sets of statistics, stacked as mean and var of shape `[k, C]` and count of
-        shape `[k]`: an integer, or one for each sample, shape `[N]`; traced or not. `scale` and
-        `bias` are shared, `[C]`, or of shape `[k, C]`. Samples of a domain are normalized among
-        themselves. Where there is one domain for each sample, a domain without samples keeps its
-        count. One for the batch must be the same on all devices of `axis_name`. Where it is not, or
-        where there is no such domain, y is NaN.
-      keep_output: whether training keeps `y` for the backward pass in place of `x`; see
+      activation: None, "relu", "leaky_relu", "silu" or "gelu" (as in `jax.nn`), or a function that
+        keeps the shape. A function may close over arrays; gradients reach them.
+      residual: added before the activation; shape of `x`, dtype of `y`.
+      skip_nonfinite: whether a channel keeps its running statistics if the batch has NaN or
+        infinity in it; a bool, traced or not.
+      renorm: batch renormalization, which corrects the batch toward the running statistics in
+        training mode; None for batch norm.
+      domain: which of k sets of running statistics to use, with mean and var of shape `[k, C]` and
+        count of shape `[k]`: an integer for the batch, or one for each sample, shape `[N]`; traced
+        or not. `scale` and `bias` are shared, shape `[C]`, or have shape `[k, C]`. The samples of
+        each domain are normalized among themselves. With one domain per sample, a domain without
+        samples keeps its statistics and its count. A domain for the batch must be the same on all
+        devices of `axis_name`; otherwise `y` is NaN. A domain that does not exist is an error, or
+        gives NaN if it is in a JAX array.
+      keep_output: whether training mode keeps `y` instead of `x` for the backward pass; see
         `batch_normalize`.
 
     Returns:
-      `(y, stats)`: `y` in the shape of `x`; the new statistics, without gradient, or None
-      where `stats` is None.
+      `(y, stats)`: `y` in the shape of `x`; the new statistics, without gradient, or None if
+        `stats` is None.
 
     Raises:
-      TypeError: an array is not real floating point, `stats` is no BatchStats or narrower than
-        float32, `train`, `update_stats` or `skip_nonfinite` is not a bool; as `normalize`.
-      ValueError: there is one value per channel in training, a shape does not fit, `epsilon` or
-        `momentum` is out of range; as `normalize`.
-      NameError: `axis_name` is not bound, in training.
+      TypeError: an array is not real floating point, `stats` is not BatchStats or is narrower than
+        float32, or `train`, `update_stats` or `skip_nonfinite` is not a bool; see also `normalize`.
+      ValueError: there is one value per channel in training mode, a shape does not fit, or
+        `epsilon` or `momentum` is out of range; see also `batch_normalize`.
+      NameError: `axis_name` is not bound, in training mode.
       NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`, or `axis_name` is
-        one inside of `jax.shard_map` with `check_vma=True`.
+        an axis of `jax.vmap` inside `jax.shard_map` with `check_vma=True`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn
       >>> x = jnp.arange(15.0).reshape(3, 5)
       >>> y, stats = jaxbn.batch_norm(x, jaxbn.init_batch_stats(5), train=True, momentum=0.5)
@@ -182,7 +186,7 @@ Array([2.5, 3. , 3.5, 4. , 4.5], dtype=float32))
 def _folded(
     stats: BatchStats, moments: Callable[[], Moments], update: Flag, options: dict[str, Any]
 ) -> BatchStats:
-    """The statistics after a batch, or as they were; a traced `update` takes its moments anyway."""
+    """The statistics after a batch if `update`, else the old ones."""
     old = jax.lax.stop_gradient(stats)
     traced = isinstance(update, jax.core.Tracer)
     if not traced and not update:
@@ -192,10 +196,10 @@ def _folded(
 
 
 def _either(train: jax.Array, in_training: Mode, in_inference: Mode) -> tuple[jax.Array, Any]:
-    """Both modes, of which the traced `train` runs one."""
+    """The mode that a traced `train` selects."""
 
     def alike() -> tuple[jax.Array, Any]:
-        # In `jax.shard_map` the statistics of one device's batch differ from those of the next.
+        # In `jax.shard_map`, the statistics may differ between devices.
         types = jax.tree.map(jax.typeof, jax.eval_shape(in_training))
         y, stats = jax.tree.map(spread, in_inference(), types)
         return y, stats

@@ -1,4 +1,4 @@
-"""Which parameters are those of batch norms."""
+"""A mask of the parameters of batch norms."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,24 +12,25 @@ from jaxbn._weight_decay import names_on
 def batch_norm_mask(
     variables: Mapping[str, Any], where: Callable[[str], bool] = lambda path: True
 ) -> Any:
-    """True for `scale` and `bias` of batch norms, False for all other parameters.
+    """Marks the parameters of batch norms: True for their `scale` and `bias`, False for all others.
 
-    A batch norm is what has `mean` and `var` in `batch_stats`. Optimizers take the mask to freeze
-    these parameters: `optax.masked(optax.set_to_zero(), mask)` at the end of a chain.
+    A layer with `mean` and `var` in `batch_stats` is a batch norm. To freeze these parameters, end
+    a chain of optax with `optax.masked(optax.set_to_zero(), mask)`.
 
     Args:
-      variables: the collections `params` and `batch_stats`, as `model.init` returns them; of an NNX
-        model `{"params": nnx.state(model, nnx.Param), "batch_stats": nnx.state(model,
+      variables: the collections `params` and `batch_stats`, as `model.init` returns them. For an
+        NNX model, pass `{"params": nnx.state(model, nnx.Param), "batch_stats": nnx.state(model,
         nnx.BatchStat)}`.
-      where: which batch norms, by their paths: `lambda path: path.startswith("backbone/")`.
+      where: which batch norms to mark, by their paths: `lambda path: path.startswith("backbone/")`.
+        By default, all.
 
     Returns:
-      A tree of bools in the structure of `variables["params"]`.
+      A tree of bools with the structure of `variables["params"]`.
 
     Raises:
-      ValueError: a collection is not there, or no batch norm is chosen.
+      ValueError: a collection is missing, or `where` chooses no batch norm.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn
       >>> ones = jnp.ones(2)
       >>> params = {"dense": {"kernel": jnp.ones((4, 2))}, "norm": {"scale": ones, "bias": ones}}

@@ -1,7 +1,7 @@
 """Argument checks: each error names the requirement, what arrived and the fix.
 
-They look at shapes, dtypes and Python numbers only, never at the values of arrays, so they run
-at trace time and cost nothing in compiled code.
+They look only at shapes, dtypes and Python numbers, never at the values of traced arrays. They
+therefore run at trace time and cost nothing in compiled code.
 """
 
 import math
@@ -38,7 +38,7 @@ def checked_array(value: ArrayLike, name: str) -> jax.Array:
 
 
 def checked_float(value: ArrayLike, name: str) -> jax.Array:
-    """`value` as an array, refused unless it is real floating point."""
+    """`value` as an array of real floating point."""
     array = checked_array(value, name)
     if array.dtype.name not in FLOAT_DTYPES:
         raise TypeError(
@@ -49,7 +49,7 @@ def checked_float(value: ArrayLike, name: str) -> jax.Array:
 
 
 def checked_dtype(dtype: DTypeLike | None, x: jax.Array) -> np.dtype[Any]:
-    """The dtype of the output: `dtype`, or that of `x` where it is None."""
+    """The dtype of the output: `dtype`, or the dtype of `x` if it is None."""
     chosen = jax.dtypes.canonicalize_dtype(x.dtype if dtype is None else dtype)
     if chosen.name not in FLOAT_DTYPES:
         raise TypeError(f"`dtype` must be one of {', '.join(FLOAT_DTYPES)}, or None; got {chosen}.")
@@ -86,7 +86,7 @@ def checked_input(x: ArrayLike, axis: Integer) -> tuple[jax.Array, int]:
 
 
 def checked_vector(value: ArrayLike, name: str, x: jax.Array, axis: int) -> jax.Array:
-    """`value` as an array, refused unless it holds one number for each channel of `x`."""
+    """`value` as an array with one number for each channel of `x`."""
     vector = checked_float(value, name)
     if vector.shape != (x.shape[axis],):
         raise ValueError(
@@ -97,7 +97,7 @@ def checked_vector(value: ArrayLike, name: str, x: jax.Array, axis: int) -> jax.
 
 
 def axis_hint(shape: tuple[int, ...], axis: int, expected: tuple[int, ...]) -> str:
-    """Names the axis that the caller may have meant: the other usual one, if its size fits."""
+    """A hint at the axis that the caller may have meant: the other usual one, if its size fits."""
     last = axis % len(shape) == len(shape) - 1
     other, layout = (1, "channels-first") if last else (-1, "channels-last")
     if len(shape) < 2 or expected != (shape[other],):
@@ -106,7 +106,7 @@ def axis_hint(shape: tuple[int, ...], axis: int, expected: tuple[int, ...]) -> s
 
 
 def checked_epsilon(epsilon: Number, dtype: np.dtype[Any], *, train: bool) -> float:
-    """`epsilon` as a float that `dtype` has: positive in training, non-negative in inference."""
+    """`epsilon` as a float in the range of `dtype`: positive in training, else non-negative."""
     if not isinstance(epsilon, numbers.Real):
         raise TypeError(
             "`epsilon` must be a Python number, known when the function is traced; "
@@ -128,7 +128,7 @@ def checked_epsilon(epsilon: Number, dtype: np.dtype[Any], *, train: bool) -> fl
 
 
 def check_momentum(momentum: ArrayLike | None) -> None:
-    """None, a number in [0, 1], or a floating scalar array, whose value is not looked at."""
+    """Accepts None, a number in [0, 1], or a floating scalar array of any value."""
     if momentum is None:
         return
     if isinstance(momentum, numbers.Real):
@@ -145,26 +145,26 @@ def check_momentum(momentum: ArrayLike | None) -> None:
 
 
 def check_bool(value: Any, name: str) -> None:
-    """A bool, from Python, NumPy or JAX, traced or not, of no dimensions."""
+    """Accepts a bool of Python, NumPy or JAX, traced or not, without dimensions."""
     if shape := getattr(value, "shape", ()):
         kind = "bools" if value.dtype == bool else value.dtype
         raise ValueError(
-            f"`{name}` must be one bool, for all samples; got {kind} of shape {shape}. A mask goes "
-            "by its name: mask=…."
+            f"`{name}` must be one bool, for all samples; got {kind} of shape {shape}. Pass a mask "
+            "by name: mask=…."
         )
     if not isinstance(value, bool) and str(getattr(value, "dtype", None)) != "bool":
         raise TypeError(f"`{name}` must be True, False or a traced bool; got {value!r}.")
 
 
 def check_known_bool(value: object, name: str) -> None:
-    """A bool that is known when the function is traced."""
+    """Accepts a bool that is known when the function is traced."""
     if not isinstance(value, bool | np.bool_):
         given = type(value).__name__ if isinstance(value, jax.Array) else repr(value)
         raise TypeError(f"`{name}` must be True or False, known when traced; got {given}.")
 
 
 def check_collections(variables: Mapping[str, Any]) -> None:
-    """The variables of a Flax model with batch norms."""
+    """Accepts the variables of a Flax model with batch norms."""
     for name in ("params", "batch_stats"):
         if not isinstance(variables.get(name), Mapping):
             raise ValueError(
@@ -174,7 +174,7 @@ def check_collections(variables: Mapping[str, Any]) -> None:
 
 
 def check_values_per_channel(x: jax.Array, axis: int, devices: Devices) -> None:
-    """One value per channel, on all devices, has no variance to divide by."""
+    """Refuses one value per channel on all devices together: it has no variance to divide by."""
     if x.size == x.shape[axis] and devices.size == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}"
@@ -186,8 +186,8 @@ def checked_mask(
 ) -> tuple[jax.Array, jax.Array | None]:
     """`x`, and `mask` as bools with as many dimensions as `x`, on the same devices.
 
-    Numbers other than 0 and 1 are refused where they are known. Where they are traced, the values
-    of `x` that they belong to become NaN.
+    Known numbers other than 0 and 1 are refused. If they are traced, their values in `x` become
+    NaN.
     """
     if mask is None:
         return x, None
@@ -210,6 +210,7 @@ def checked_mask(
 
 
 def _check_mask_shape(mask: tuple[int, ...], x: tuple[int, ...], axis: int) -> None:
+    """Refuses a mask that does not broadcast against `x`, or could mean two different axes."""
     ndim = len(mask)
     fits = ndim <= len(x) and all(
         m in (1, n) for m, n in zip(mask, x[len(x) - ndim :], strict=True)
@@ -231,7 +232,7 @@ def _check_mask_shape(mask: tuple[int, ...], x: tuple[int, ...], axis: int) -> N
 def checked_residual(
     residual: ArrayLike | None, x: jax.Array, dtype: np.dtype[Any]
 ) -> jax.Array | None:
-    """`residual`, refused unless it can be added to an output of this dtype in the shape of `x`."""
+    """`residual` as an array that can be added to an output of this dtype and the shape of `x`."""
     if residual is None:
         return None
     residual = checked_float(residual, "residual")

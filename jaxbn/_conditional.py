@@ -1,4 +1,4 @@
-"""Scale and bias of each sample: conditional batch norm."""
+"""Conditional batch norm: a scale and a bias for each sample."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxbn._core.moments import where_valid
 
 
 def is_conditional(*vectors: ArrayLike | None) -> bool:
-    """Whether one of scale and bias has the shape `[N, C]`."""
+    """Whether scale or bias has shape `[N, C]`."""
     return any(vector is not None and jnp.ndim(vector) == 2 for vector in vectors)
 
 
@@ -24,7 +24,7 @@ def conditional(
     residual: jax.Array | None,
     activation: str | Activation | None,
 ) -> Activation:
-    """What follows normalization: `activation(z · scale + bias + residual)`, sample by sample."""
+    """The function after normalization: `activation(z · scale + bias + residual)` by sample."""
     own = is_own(activation)
     function = activation if own else checked_activation(activation, None)[0]
     factor, offset = _of_samples(scale, "scale", x, axis), _of_samples(bias, "bias", x, axis)

@@ -1,4 +1,4 @@
-"""Several sets of running statistics, and the choice of one for a batch or for each sample."""
+"""Several sets of running statistics, one of which is chosen for each batch or each sample."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from jaxbn._core.moments import where_valid
 from jaxbn._stats import BatchStats
 from jaxbn._types import Flag
 
-# `(x, stats, scale, bias, update_stats=…, **options) -> (y, stats)`: batch norm of one domain.
+# Batch norm of one domain: `(x, stats, scale, bias, update_stats=…, **options) -> (y, stats)`.
 Run = Callable[..., tuple[jax.Array, BatchStats]]
 Vectors = tuple[ArrayLike | None, ArrayLike | None]
 
@@ -39,10 +39,10 @@ def by_domain(
     options: dict[str, Any],
     by_moments: bool,
 ) -> tuple[jax.Array, BatchStats]:
-    """Batch norm with the statistics of a domain, and its scale and bias if each has its own.
+    """Batch norm with the statistics of a domain, and with its own scale and bias, if any.
 
-    The output is NaN where there is no such domain. Without moments, in inference, no devices are
-    asked for.
+    The output is NaN for a domain that does not exist. Without `by_moments`, in inference mode, no
+    device axis needs to be bound.
     """
     x, axis = checked_input(x, options["axis"])
     x, mask = checked_mask(options["mask"], x, axis)
@@ -65,7 +65,7 @@ def by_domain(
 
 
 def _shared(domain: jax.Array, options: dict[str, Any]) -> jax.Array | bool:
-    """Whether all devices of a batch name the same domain: equal numbers alone have no variance."""
+    """Whether all devices of a batch name the same domain: equal numbers have variance zero."""
     devices = checked_devices(options["axis_name"], options["axis_index_groups"])
     if not devices.names:
         return True
@@ -85,7 +85,7 @@ def _of_samples(
     options: dict[str, Any],
     by_moments: bool,
 ) -> tuple[jax.Array, BatchStats]:
-    """The samples of each domain, those of the others masked; the outputs add up."""
+    """Runs each domain with all other samples masked, and adds up the outputs."""
     axis, mask, number = options["axis"], options["mask"], len(stats.mean)
     own, dtype = options["activation"], checked_dtype(options["dtype"], x)
     if is_own(own):  # sees the whole batch
@@ -119,7 +119,7 @@ def _present(inside: list[jax.Array], stats: BatchStats, options: dict[str, Any]
 
 
 def _along_samples(value: jax.Array, x: jax.Array, axis: int) -> jax.Array:
-    """One number for each sample, or for all, to broadcast against `x`."""
+    """One number for each sample, or one for all, shaped to broadcast against `x`."""
     others = reduced_axes(x.ndim, axis)[1:] if value.ndim else reduced_axes(x.ndim, axis)
     return jnp.expand_dims(value, sorted((*others, axis)))
 
@@ -127,13 +127,13 @@ def _along_samples(value: jax.Array, x: jax.Array, axis: int) -> jax.Array:
 def _chosen(
     index: int | jax.Array, stats: BatchStats, vectors: Vectors
 ) -> tuple[BatchStats, ArrayLike | None, ArrayLike | None]:
-    """The statistics of one domain, and a scale and a bias that are its own or shared."""
+    """The statistics of one domain, and its scale and bias, own or shared."""
     scale, bias = (v if v is None or jnp.ndim(v) == 1 else jnp.asarray(v)[index] for v in vectors)
     return jax.tree.map(lambda v: v[index], stats), scale, bias
 
 
 def _checked_stack(stats: BatchStats | None, vectors: Vectors) -> BatchStats:
-    """The statistics of k domains; the scale and the bias are stacked alike, or shared."""
+    """The statistics of k domains. Scale and bias must be stacked in the same way, or shared."""
     shapes = [] if stats is None else [jnp.shape(v) for v in stats]
     if stats is None or len(shapes[0]) != 2 or shapes != [shapes[0], shapes[0], shapes[0][:1]]:
         raise ValueError(
@@ -153,7 +153,7 @@ def _checked_stack(stats: BatchStats | None, vectors: Vectors) -> BatchStats:
 
 
 def _checked_domain(domain: ArrayLike, number: int, x: jax.Array, axis: int) -> jax.Array:
-    """An index, or one for each sample, as an array; where it is known it must be in range."""
+    """One index, or one for each sample, as an array. Known indices must be in range."""
     indices = checked_array(domain, "domain")
     samples = tuple(x.shape[i] for i in reduced_axes(x.ndim, axis)[:1])
     if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.shape not in ((), samples):

@@ -1,4 +1,4 @@
-"""Groups of samples that are normalized apart: ghost batch norm."""
+"""Ghost batch norm: groups of samples, each normalized by its own moments."""
 
 import math
 import numbers
@@ -13,7 +13,7 @@ from jaxbn._types import Integer
 
 
 def checked_groups(virtual_batch_size: Integer | None, x: jax.Array, axis: int) -> int:
-    """How many groups of `virtual_batch_size` samples are normalized apart."""
+    """The number of groups of `virtual_batch_size` samples."""
     if virtual_batch_size is None:
         return 1
     whole = isinstance(virtual_batch_size, numbers.Integral)
@@ -34,15 +34,15 @@ def checked_groups(virtual_batch_size: Integer | None, x: jax.Array, axis: int) 
     if samples % value:
         raise ValueError(
             f"`virtual_batch_size` must divide the number of samples; got {value} for x.shape="
-            f"{x.shape}, {samples} samples. Pad the batch and mask what is padded."
+            f"{x.shape}, {samples} samples. Pad the batch and mask the padding."
         )
     groups = samples // value
     devices = spread_over(jax.typeof(x), batch_axis)
     if groups % devices:
         raise ValueError(
-            "A group may not extend over devices where the type of `x` spreads its samples over "
-            f"{devices} of them; got virtual_batch_size={value} for {samples // devices} samples "
-            "on each. Take a divisor of that, or a mesh of AxisType.Auto."
+            "`virtual_batch_size` must divide the number of samples on each device if the type of "
+            f"`x` spreads them over devices; got {value} for {samples // devices} samples on each "
+            f"of {devices} devices. Pass a divisor of that, or use a mesh of AxisType.Auto."
         )
     return groups
 
@@ -50,11 +50,11 @@ def checked_groups(virtual_batch_size: Integer | None, x: jax.Array, axis: int) 
 def by_group(
     function: Callable[..., Any], groups: int, axis: int, x: jax.Array, *others: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    """`function(x, *others)`, an output like `x` and a tree of statistics, of each group.
+    """Calls `function(x, *others)` for each group; it returns an output like `x`, and statistics.
 
-    The groups are blocks of neighbours along the batch axis, so that samples that are spread over
-    devices stay in place. What has one entry there belongs to all groups. The statistics come back
-    stacked along a first axis.
+    The groups are blocks of neighbors along the batch axis, so samples that are spread over devices
+    stay in place. An array with one entry along the batch axis belongs to all groups. The
+    statistics come back stacked along a new first axis.
     """
     batch_axis = reduced_axes(x.ndim, axis)[0]
 

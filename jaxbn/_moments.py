@@ -20,22 +20,26 @@ from jaxbn._types import Integer
 
 
 class Moments(NamedTuple):
-    """Mean, biased variance and number of the samples of one set, per channel.
+    """Mean, biased variance and number of samples of one set, per channel.
 
-    Moments are a monoid: `merge_moments` gives those of the union of disjoint sets exactly, so
-    shards, micro-batches and whole data sets are all handled by the one operation.
+    Moments are a monoid: `merge_moments` computes the moments of the union of disjoint sets
+    exactly. Devices, micro-batches and whole data sets all use this one operation.
 
     Attributes:
       mean: `E[x]`, shape `[C]`, float32 or float64.
       var: `E[(x − mean)²]`, the variance divided by `count`, shape `[C]`, dtype of `mean`.
-      count: samples per channel, shape `[]`, or `[C]` under a mask, dtype of `mean`: in float32 a
-        count above 2²⁴ is rounded, and is as good a weight as before.
+      count: samples per channel, shape `[]`, or `[C]` with a mask, dtype of `mean`. Above 2²⁴, a
+        float32 count is rounded, which is exact enough for a weight.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn
       >>> jaxbn.batch_moments(jnp.array([[1.0, 10.0], [3.0, 10.0]]))
       Moments(mean=Array([ 2., 10.], dtype=float32), var=Array([1., 0.], dtype=float32), \
 count=Array(2., dtype=float32))
+
+    References:
+      Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+      variances", COMPSTAT 1982.
     """
 
     mean: jax.Array
@@ -54,37 +58,40 @@ def batch_moments(
     axis_index_groups: AxisIndexGroups = None,
     mask: ArrayLike | None = None,
 ) -> Moments:
-    """Mean and biased variance of `x` over every axis but the channel axis.
+    """Computes the mean and the biased variance of `x` over all axes but the channel axis.
 
         mean = E[x]        var = E[(x − mean)²]
 
-    Computed from `d = x − K` as `mean = K + E[d]`, `var = E[d²] − E[d]²`, with `K` the mean of a
-    sixteenth of the batch or more (of all of it where it is small or masked): little cancels,
-    however large the mean is beside the standard deviation and whatever the data.
+    The sums are taken about a shift K close to the mean, with `d = x − K`:
+
+        mean = K + E[d]    var = E[d²] − E[d]²
+
+    At most four bits cancel, however large the mean is compared with the standard deviation.
 
     Args:
-      x: samples, `[..., C]` or any layout with the channels at `axis`; float16, bfloat16, float32
-        or float64.
-      axis: the channel axis of `x`.
-      axis_name: name of a mapped axis, or a tuple of names, of `jax.vmap`, `jax.pmap` or
-        `jax.shard_map`: the moments are those of the samples on all its devices.
-      axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
+      x: samples, with the channels at `axis`; float16, bfloat16, float32 or float64.
+      axis: channel axis of `x`; all other axes are reduced.
+      axis_name: name of a mapped axis of `jax.vmap`, `jax.pmap` or `jax.shard_map`, or a tuple of
+        names. The moments are then those of the samples on all devices along it.
+      axis_index_groups: groups of indices along the one axis `axis_name`, such as
+        `[[0, 1], [2, 3]]`. Each group is a batch of its own.
       mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
         never affect a result or a derivative.
 
     Returns:
-      `Moments` of shape `[C]`, in float32, or float64 where `x` is. A channel without values has
-      zeros. They are differentiable with respect to `x`, in forward and reverse mode.
+      `Moments` of shape `[C]`, in float32, or in float64 if `x` is float64. A channel without
+        values has zeros. They are differentiable with respect to `x`, in forward and reverse mode.
 
     Raises:
       TypeError: `x` is not real floating point, `axis` is not an int, or `mask` is complex.
       ValueError: `axis` is out of range, `x` has no channels, `mask` does not broadcast to the
-        shape of `x` or holds other values than 0 and 1 (NaN results where it is traced).
+        shape of `x`, or `mask` holds values other than 0 and 1 (if it is traced, the results are
+        NaN).
       NameError: `axis_name` is not bound.
       NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`, or `axis_name` is
-        one inside of `jax.shard_map` with `check_vma=True`.
+        an axis of `jax.vmap` inside `jax.shard_map` with `check_vma=True`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn
       >>> x = 1e6 + jnp.array([[-1.0], [0.0], [1.0], [2.0]])
       >>> moments = jaxbn.batch_moments(x)
@@ -106,22 +113,22 @@ def batch_moments(
 
 
 def merge_moments(first: Moments, *others: Moments) -> Moments:
-    """Moments of the union of disjoint sets, from the moments of each.
+    """Computes the moments of the union of disjoint sets from the moments of each set.
 
         mean = Σ w·mean_i      var = Σ w·(var_i + (mean_i − mean)²)      with  w = n_i / Σ n_i
 
     Args:
       first: moments with `mean` and `var` of shape `[C]`.
-      *others: any number more, of the same shape and dtype. A set with `count` 0 changes nothing.
+      *others: more moments, of the same shape and dtype. A set with a `count` of 0 changes nothing.
 
     Returns:
       `Moments` of all samples together, in the dtype of the arguments.
 
     Raises:
-      TypeError: an argument is no Moments, or not real floating point.
-      ValueError: the shapes of the means and variances differ, or are not those of vectors.
+      TypeError: an argument is not Moments, or not real floating point.
+      ValueError: the means and variances differ in shape, or are not vectors.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn
       >>> x = jnp.array([[1.0], [2.0], [6.0]])
       >>> merged = jaxbn.merge_moments(jaxbn.batch_moments(x[:1]), jaxbn.batch_moments(x[1:]))
@@ -163,7 +170,7 @@ def _of_largest(var: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def checked_moments(moments: Moments, name: str) -> Moments:
-    """`moments` as arrays: real vectors, and a count of each or of all channels."""
+    """`moments` as arrays: real vectors, and one count for each channel or for all."""
     if not isinstance(moments, Moments):
         raise TypeError(
             f"`{name}` must be Moments of mean, var and count; got {type(moments).__name__}."
@@ -183,5 +190,5 @@ def checked_moments(moments: Moments, name: str) -> Moments:
 
 
 def unshifted(moments: Shifted) -> Moments:
-    """Mean, variance and count, for everything outside the normalization itself."""
+    """Mean, variance and count, as used everywhere outside the normalization itself."""
     return Moments(moments.shift + moments.delta, moments.var, moments.count)

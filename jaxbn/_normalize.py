@@ -1,4 +1,4 @@
-"""Normalization by given statistics, and by those of the batch itself."""
+"""Normalization by given statistics, and by the statistics of the batch itself."""
 
 import functools
 from typing import cast
@@ -57,33 +57,33 @@ def normalize(
         y = activation((x − mean) · scale / √(var + epsilon) + bias + residual)
 
     Args:
-      x: input, channels at `axis`; float16, bfloat16, float32 or float64.
+      x: input, with the channels at `axis`; float16, bfloat16, float32 or float64.
       mean: shape `[C]`, usually `BatchStats.mean`.
-      var: shape `[C]`, usually `BatchStats.var`; where it is negative, NaN results.
-      scale: γ, shape `[C]`, or `[N, C]` for each sample its own; None means 1.
-      bias: β, shape `[C]`, or `[N, C]`; None means 0.
-      axis: the channel axis of `x`.
-      epsilon: added to the variance inside the square root; a Python number ≥ 0.
-      dtype: the dtype of `y`; None for that of `x`.
+      var: shape `[C]`, usually `BatchStats.var`. A negative variance gives NaN.
+      scale: γ, shape `[C]`, or `[N, C]` with one row per sample; None means 1.
+      bias: β, shape `[C]`, or `[N, C]` with one row per sample; None means 0.
+      axis: channel axis of `x`.
+      epsilon: added to the variance inside the square root; a non-negative Python number.
+      dtype: dtype of `y`; None for the dtype of `x`.
       mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
         never affect a result or a derivative; the output there is zero.
-      activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function
-        that keeps the shape; it may close over arrays, and gradients reach them.
-      residual: added before the activation; in the shape of `x` and the dtype of `y`.
+      activation: None, "relu", "leaky_relu", "silu" or "gelu" (as in `jax.nn`), or a function that
+        keeps the shape. A function may close over arrays; gradients reach them.
+      residual: added before the activation; shape of `x`, dtype of `y`.
 
     Returns:
-      `y`, of the shape of `x`, computed in at least float32 and rounded once. For the backward
-      pass only `x`, in its own dtype, is kept beside vectors of shape `[C]`, and the residual if
-      there is an activation too.
+      `y`, in the shape of `x`, computed in at least float32 and rounded once. The backward pass
+        keeps only `x`, in its own dtype, vectors of shape `[C]`, and the residual if there is an
+        activation.
 
     Raises:
-      TypeError: an array is not real floating point, `axis` is not an int, `residual` is of another
-        dtype than `y`, or `activation` is not callable.
-      ValueError: a vector is not of shape `[C]`, `axis` is out of range, `epsilon` is negative,
-        `residual` or `mask` does not fit `x`, `mask` holds other values than 0 and 1 (NaN results
-        where it is traced), or `activation` is unknown or changes the shape.
+      TypeError: an array is not real floating point, `axis` is not an int, `residual` and `y`
+        differ in dtype, or `activation` is not callable.
+      ValueError: a vector does not have shape `[C]`, `axis` is out of range, `epsilon` is negative,
+        `residual` or `mask` does not fit `x`, `mask` holds values other than 0 and 1 (if it is
+        traced, the results are NaN), or `activation` is unknown or changes the shape.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn
       >>> x = jnp.array([[1.0, 2.0], [5.0, 6.0]])
       >>> jaxbn.normalize(x, mean=jnp.array([3.0, 3.0]), var=jnp.array([4.0, 1.0]), epsilon=0.0)
@@ -108,7 +108,7 @@ def normalize(
     operands = _operands(x, scale, bias, mask, residual, axis, wide)
     operands, form = _with_activation(operands, activation, form)
     by_statistics = traced_once(normalize_by_statistics, form)
-    # What is compiled by itself has parts for each platform, which interpreters need not look into.
+    # The compiled form has a branch for each platform, which not all interpreters can read.
     if isinstance(x, jax.core.Tracer) and is_plain(operands, form, wide):
         by_statistics = functools.partial(normalize_by_statistics, form=form)
     y: jax.Array = by_statistics(operands, mean.astype(wide), var.astype(wide))
@@ -137,50 +137,53 @@ def batch_normalize(
 
         y = activation((x − E[x]) · scale / √(Var[x] + epsilon) + bias + residual)
 
-    Between the forward and the backward pass only `x` is kept, in its own dtype, beside a few
-    vectors of shape `[C]`; with a residual, `y` too for "relu" and "leaky_relu" (the next layer
-    keeps it anyway) and the residual for other activations. `jaxbn.CHECKPOINT_NAMES` are the names
-    of `x`, of the mean and of `1/√(var + epsilon)` for the policies of `jax.checkpoint`.
+    The backward pass keeps only `x`, in its own dtype, and a few vectors of shape `[C]`. With a
+    residual it also keeps `y` for "relu" and "leaky_relu", which the next layer keeps anyway, and
+    the residual for other activations. For policies of `jax.checkpoint`, `jaxbn.CHECKPOINT_NAMES`
+    names `x`, the mean and `1/√(var + epsilon)`.
 
     Args:
-      x: input, channels at `axis`; float16, bfloat16, float32 or float64.
-      scale: γ, shape `[C]`, or `[N, C]` for each sample its own; None means 1.
-      bias: β, shape `[C]`, or `[N, C]`; None means 0.
-      axis: the channel axis of `x`; every other axis is reduced.
-      epsilon: added to the variance inside the square root; a Python number > 0.
-      dtype: the dtype of `y`; None for that of `x`.
-      axis_name: name of a mapped axis, or a tuple of names, of `jax.vmap`, `jax.pmap` or
-        `jax.shard_map`: the batch is the one on all its devices.
-      axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
-      virtual_batch_size: splits the samples (of each device, where an axis is named) into groups of
-        so many neighbours, each normalized by itself: ghost batch norm. None for one group.
+      x: input, with the channels at `axis`; float16, bfloat16, float32 or float64.
+      scale: γ, shape `[C]`, or `[N, C]` with one row per sample; None means 1.
+      bias: β, shape `[C]`, or `[N, C]` with one row per sample; None means 0.
+      axis: channel axis of `x`; all other axes are reduced.
+      epsilon: added to the variance inside the square root; a positive Python number.
+      dtype: dtype of `y`; None for the dtype of `x`.
+      axis_name: name of a mapped axis of `jax.vmap`, `jax.pmap` or `jax.shard_map`, or a tuple of
+        names. The batch then extends over all devices along it.
+      axis_index_groups: groups of indices along the one axis `axis_name`, such as
+        `[[0, 1], [2, 3]]`. Each group is a batch of its own.
+      virtual_batch_size: number of neighboring samples that are normalized together: ghost batch
+        norm. With `axis_name`, it counts the samples on each device. None for the whole batch.
       mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
         never affect a result or a derivative; the output there is zero.
-      activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function
-        that keeps the shape; it may close over arrays, and gradients reach them.
-      residual: added before the activation; in the shape of `x` and the dtype of `y`.
-      renorm: corrects the batch towards the running statistics: batch renormalization.
-      stats: the running statistics, for `renorm` alone.
-      keep_output: whether `y` is kept for the backward pass in place of `x`, which is computed from
-        it. The next layer often keeps `y` anyway. For the activations None and "leaky_relu",
-        without a residual. Values are the same. Gradients see an x̂ whose error is the rounding of
-        `y` times `|x̂| + |bias/scale|`; where a scale is 0, those of it and of `x` are not finite.
+      activation: None, "relu", "leaky_relu", "silu" or "gelu" (as in `jax.nn`), or a function that
+        keeps the shape. A function may close over arrays; gradients reach them.
+      residual: added before the activation; shape of `x`, dtype of `y`.
+      renorm: batch renormalization, which corrects the batch toward the running statistics; None
+        for batch norm.
+      stats: running statistics, used by `renorm` only.
+      keep_output: whether the backward pass keeps `y` instead of `x`, and computes `x` from `y`.
+        This saves memory if the next layer keeps `y` anyway. The activation must be None or
+        "leaky_relu", and there must be no residual. The output does not change. In gradients, the
+        error of `x̂ = (x − E[x]) / √(Var[x] + epsilon)` is the rounding of `y` times
+        `|x̂| + |bias/scale|`. Where a scale is 0, the gradients of `scale` and `x` are not finite.
 
     Returns:
-      `(y, moments)`: `y` in the shape of `x`, computed in at least float32 and rounded
-      once; `moments` as `batch_moments(x)` gives them, for `update_batch_stats`, those of groups
-      merged. Both are differentiable to any order, in forward and reverse mode.
+      `(y, moments)`: `y` in the shape of `x`, computed in at least float32 and rounded once;
+        `moments` as `batch_moments(x)` returns them, merged over ghost batches, for
+        `update_batch_stats`. Both are differentiable to any order, in forward and reverse mode.
 
     Raises:
-      TypeError: `keep_output` is not a bool, or as `normalize`.
-      ValueError: there is one value per channel, `epsilon` is not positive, the groups do not
-        divide the samples or the indices, `keep_output` is given with another activation or a
-        residual, or as `normalize`.
+      TypeError: `keep_output` is not a bool; see also `normalize`.
+      ValueError: there is one value per channel, `epsilon` is not positive, `virtual_batch_size`
+        does not divide the number of samples, `axis_index_groups` does not divide the indices, or
+        `keep_output` is given with another activation or a residual; see also `normalize`.
       NameError: `axis_name` is not bound.
       NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`, or `axis_name` is
-        one inside of `jax.shard_map` with `check_vma=True`.
+        an axis of `jax.vmap` inside `jax.shard_map` with `check_vma=True`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn
       >>> y, moments = jaxbn.batch_normalize(jnp.array([[0.0, 1.0], [4.0, 5.0]]))
       >>> y.round(3)
@@ -190,11 +193,12 @@ def batch_normalize(
       Array([2., 3.], dtype=float32)
 
     References:
-      Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167;
-      `torch.nn.functional.batch_norm` with `training=True`; for groups, Hoffer, Hubara and Soudry,
-      "Train longer, generalize better", 2017, https://arxiv.org/abs/1705.08741; for
-      `keep_output`, Rota Bulò, Porzi and Kontschieder, "In-Place Activated BatchNorm", 2018,
-      https://arxiv.org/abs/1712.02616.
+      - Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167
+      - `torch.nn.functional.batch_norm` with `training=True`
+      - Ghost batch norm: Hoffer, Hubara and Soudry, "Train longer, generalize better", 2017,
+        https://arxiv.org/abs/1705.08741
+      - `keep_output`: Rota Bulò, Porzi and Kontschieder, "In-Place Activated BatchNorm", 2018,
+        https://arxiv.org/abs/1712.02616
     """
     x, axis = checked_input(x, axis)
     dtype = checked_dtype(dtype, x)
@@ -208,7 +212,7 @@ def batch_normalize(
         activation = conditional(x, axis, scale, bias, mask, residual, activation)
         scale = bias = residual = None
     groups = checked_groups(virtual_batch_size, x, axis)
-    # A function of the user's own sees the whole batch, not a group of it.
+    # The user's own function sees the whole batch, not one group.
     whole = groups > 1 and is_own(activation)
     towards = limits(renorm, stats, x, axis, epsilon, wide)
     form = form._replace(
@@ -244,7 +248,7 @@ def _operands(
     axis: int,
     dtype: DTypeLike,
 ) -> Operands:
-    """The operands, vectors checked and in `dtype`."""
+    """The operands, with checked vectors in `dtype`."""
     scale = jnp.ones(x.shape[axis]) if scale is None else checked_vector(scale, "scale", x, axis)
     bias = jnp.zeros(x.shape[axis]) if bias is None else checked_vector(bias, "bias", x, axis)
     return Operands(x, mask, scale.astype(dtype), bias.astype(dtype), residual, ())
@@ -253,13 +257,13 @@ def _operands(
 def _with_activation(
     operands: Operands, activation: str | Activation | None, form: Form
 ) -> tuple[Operands, Form]:
-    """The operands with the arrays that the activation holds, and the form with the function."""
+    """The operands with the arrays of the activation's closure, and the form with its function."""
 
     def argument(operands: Operands) -> jax.Array:
         by_any = coefficients(operands.bias, None, operands.scale, operands)
         return applied(by_any, operands, form)
 
-    # Its type also says what differs between devices.
+    # Its type also says along which axes it varies between devices.
     example = jax.eval_shape(argument, operands) if is_own(activation) else None
     function, constants = checked_activation(activation, example)
     return operands._replace(constants=constants), form._replace(activation=function)

@@ -1,4 +1,4 @@
-"""Batch renormalization: how far a batch is corrected towards the running statistics."""
+"""Batch renormalization: how far a batch is corrected toward the running statistics."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,31 +18,31 @@ Limit = ArrayLike | Callable[[jax.Array], ArrayLike]
 
 @dataclasses.dataclass(frozen=True)
 class Renorm:
-    """Batch renormalization: in training, too, a batch is normalized by the running statistics.
+    """Batch renormalization: corrects training batches toward the running statistics.
 
         y = (x̂·r + d) · scale + bias        x̂ = (x − E[x]) / √(Var[x] + epsilon)
         r = clip(√(Var[x] + epsilon) / σ, 1/r_max, r_max)
         d = clip((E[x] − mean) / σ, −d_max, d_max)        σ = √(var + epsilon)
 
     `mean` and `var` are the running statistics before this batch. No gradient flows through r and
-    d. Within the limits y is what inference puts out, so small or unlike batches do less harm. With
-    `r_max=1` and `d_max=0` it is batch norm.
+    d. Within the limits, `y` equals the output in inference mode, so small or unusual batches do
+    less harm. `r_max=1` and `d_max=0` give batch norm.
 
-    The running statistics of an untrained network mean nothing. Let the limits grow: the paper
+    The running statistics of an untrained network mean nothing, so let the limits grow. The paper
     takes r_max = 1 and d_max = 0 for 5,000 steps, and then raises them to 3 and 5.
 
     Args:
-      r_max: at least 1: a number, a scalar array, or a function of `BatchStats.count`, the number
-        of batches before this one, such as a schedule of optax. Infinity sets no limit.
-      d_max: at least 0, likewise.
-      average_std: whether the running variance follows the standard deviations of batches, as in
-        the paper and in Keras: `√(var + epsilon)` is averaged. False averages variances.
+      r_max: limit of r, at least 1: a number, a scalar array, or a function of `BatchStats.count`,
+        the number of batches before this one, such as a schedule of optax. Infinity sets no limit.
+      d_max: limit of d, at least 0, in the same forms.
+      average_std: whether the running variance averages the standard deviations `√(var + epsilon)`
+        of the batches, as in the paper and in Keras. False averages variances.
 
     Raises:
       TypeError: a limit is neither a number nor a function, or `average_std` is not a bool.
-      ValueError: a number is out of range; where it is traced, NaN results.
+      ValueError: a limit is out of range (if it is traced, the results are NaN).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn
       >>> stats = jaxbn.BatchStats(jnp.array([1.0]), jnp.array([4.0]), 9)
       >>> x = jnp.array([[1.0], [5.0]])
@@ -74,7 +74,7 @@ class Renorm:
 
 
 def _checked_limit(limit: ArrayLike, name: str, least: int) -> jax.Array:
-    """A real number as an array, refused where it is known and out of range."""
+    """A real number as an array. A value that is known must be in range."""
     if isinstance(limit, bool | np.bool_ | str) or limit is None:
         raise TypeError(f"`{name}` must be a number or a function of the count; got {limit!r}.")
     array = checked_array(limit, name)
@@ -89,6 +89,7 @@ def _checked_limit(limit: ArrayLike, name: str, least: int) -> jax.Array:
 
 
 def check_renorm(renorm: object) -> None:
+    """Refuses anything but a `Renorm` or None."""
     if renorm is not None and not isinstance(renorm, Renorm):
         raise TypeError(f"`renorm` must be a jaxbn.Renorm or None; got {type(renorm).__name__}.")
 
@@ -101,12 +102,12 @@ def limits(
     epsilon: float,
     dtype: DTypeLike,
 ) -> Limits | None:
-    """What the correction is made of, in `dtype`."""
+    """The running statistics and the limits of the correction, in `dtype`."""
     check_renorm(renorm)
     if renorm is None:
         return None
     if stats is None:
-        raise ValueError("`renorm` corrects towards running statistics: pass `stats`; got None.")
+        raise ValueError("`renorm` needs running statistics; got stats=None. Pass `stats`.")
     stats = jax.lax.stop_gradient(checked_stats(stats))
     mean = checked_vector(stats.mean, "stats.mean", x, axis)
     var = checked_vector(stats.var, "stats.var", x, axis)
@@ -118,6 +119,6 @@ def limits(
         limit = limit.astype(dtype)
         return jnp.where(limit >= LEAST[name], limit, jnp.nan)
 
-    # A negative variance shows, as in inference.
+    # A negative variance gives NaN, as in inference mode.
     rstd = jax.lax.rsqrt(jnp.where(var < 0, jnp.nan, var).astype(dtype) + epsilon)
     return Limits(mean.astype(dtype), rstd, value("r_max"), value("d_max"))

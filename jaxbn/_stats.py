@@ -1,4 +1,4 @@
-"""Running statistics: the value a model keeps, and the only place that knows about momentum."""
+"""Running statistics: the state of a model, and the only place that knows about momentum."""
 
 import functools
 import numbers
@@ -26,19 +26,22 @@ Tree = TypeVar("Tree")
 
 
 class BatchStats(NamedTuple):
-    """Running mean and variance of the batches seen in training, and how many they were.
+    """Running mean and variance of training batches, and the number of these batches.
 
     Attributes:
       mean: running mean, shape `[C]`, float32 or float64 (torch `running_mean`).
       var: running variance, shape `[C]`, dtype of `mean`; unbiased in torch's convention (torch
         `running_var`).
-      count: batches folded in, shape `[]`, int32 (torch `num_batches_tracked`).
+      count: number of batches, shape `[]`, int32 (torch `num_batches_tracked`).
 
-    Example:
+    Examples:
       >>> import jaxbn
       >>> jaxbn.init_batch_stats(2)
       BatchStats(mean=Array([0., 0.], dtype=float32), var=Array([1., 1.], dtype=float32), \
 count=Array(0, dtype=int32))
+
+    References:
+      `torch.nn.BatchNorm2d`: `running_mean`, `running_var`, `num_batches_tracked`.
     """
 
     mean: jax.Array
@@ -47,22 +50,23 @@ count=Array(0, dtype=int32))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, ArrayLike]) -> "BatchStats":
-        """The statistics of a checkpoint that was read without a target: arrays by name.
+        """Makes statistics from named arrays, as of a checkpoint restored without a target.
 
-        `stats._asdict()` is the way back.
+        `stats._asdict()` is the inverse.
 
         Args:
-          mapping: `mean` and `var` of shape `[C]`, float32 or float64, and `count`, an integer; a
-            dict, or what `numpy.load` opens.
+          mapping: `mean` and `var` of shape `[C]`, float32 or float64, and an integer `count`: a
+            dict, or an archive that `numpy.load` opens.
 
         Returns:
-          `BatchStats` of the same numbers, `count` as int32.
+          `BatchStats` with the same values; `count` is int32.
 
         Raises:
-          TypeError: an array is of another dtype, or float64 while JAX is limited to 32 bits.
-          ValueError: a name is missing or unknown, or a shape is another one.
+          TypeError: an array has another dtype, or is float64 while 64-bit types are disabled in
+            JAX.
+          ValueError: a name is missing or unknown, or a shape does not fit.
 
-        Example:
+        Examples:
           >>> import jax.numpy as jnp, jaxbn
           >>> saved = {"mean": jnp.zeros(2), "var": jnp.ones(2), "count": 7}
           >>> int(jaxbn.BatchStats.from_mapping(saved).count)
@@ -92,7 +96,7 @@ unknown: running_mean. For torch's names use `jaxbn.torch.from_state_dict`.
                     'with jax.config.update("jax_enable_x64", True), or convert it with '
                     ".astype(jnp.float32)."
                 )
-        dtype = stats.mean.dtype  # explicit, which makes weak types strong
+        dtype = stats.mean.dtype  # an explicit dtype makes weak types strong
         return cls(stats.mean.astype(dtype), stats.var.astype(dtype), jnp.int32(stats.count))
 
 
@@ -102,24 +106,24 @@ jax.export.register_namedtuple_serialization(BatchStats, serialized_name="jaxbn.
 def init_batch_stats(
     num_features: Integer, dtype: DTypeLike = jnp.float32, *, num_domains: Integer | None = None
 ) -> BatchStats:
-    """Running statistics before the first batch.
+    """Makes the running statistics before the first batch.
 
         mean = 0        var = 1        count = 0
 
     Args:
-      num_features: the number of channels, C ≥ 1.
-      dtype: float32, or float64 where 64-bit types are enabled.
-      num_domains: k for a stack of statistics, for `domain` of `batch_norm`; None for one set.
+      num_features: number of channels, C ≥ 1.
+      dtype: float32, or float64 if 64-bit types are enabled.
+      num_domains: number k of sets of statistics, for `domain` of `batch_norm`; None for one set.
 
     Returns:
-      `BatchStats` with vectors of shape `[C]`; with domains mean and var of shape `[k, C]`, and
-      count of shape `[k]`.
+      `BatchStats` with vectors of shape `[C]`. With domains, mean and var have shape `[k, C]`, and
+        count has shape `[k]`.
 
     Raises:
       TypeError: a number is not an int, or `dtype` is narrower than float32.
       ValueError: a number is less than 1.
 
-    Example:
+    Examples:
       >>> import jaxbn
       >>> jaxbn.init_batch_stats(3).var
       Array([1., 1., 1.], dtype=float32)
@@ -139,7 +143,7 @@ def init_batch_stats(
 
 
 def stacked(tree: Tree, num_domains: Integer | None) -> Tree:
-    """A copy of each array for each domain, along a first axis."""
+    """A copy of each array for each domain, stacked along a new first axis."""
     if num_domains is None:
         return tree
     copies: Tree = jax.tree.map(lambda v: jnp.tile(v, (int(num_domains), *[1] * v.ndim)), tree)
@@ -162,32 +166,34 @@ def update_batch_stats(
         var'   = (1 − momentum)·var  + momentum·moments.var·n/(n − 1)       n = moments.count
 
     `momentum` is the weight of the **new** batch, as in torch; Flax's `momentum` is one minus it.
-    None weights every batch alike: `momentum = 1/count'`, the cumulative average. The mean of an
-    empty or fully masked batch (n = 0) and the unbiased variance of a single sample do not exist:
-    the old values stay, and `count` moves all the same. No gradient flows through the result.
+    None weights all batches alike: `momentum = 1/count'`, the cumulative average. An empty or fully
+    masked batch (n = 0) has no mean, and a single sample has no unbiased variance. The old values
+    then stay, and `count` increases anyway. No gradient flows through the result.
 
-    One NaN or infinity in a batch makes the statistics of its channel NaN for ever, as in torch.
-    With `skip_nonfinite` a channel whose batch mean or variance is not finite keeps its old values,
-    and the batch is counted only if it changed some channel.
+    NaN or infinity in a batch makes the statistics of its channel NaN forever, as in torch. With
+    `skip_nonfinite`, a channel whose batch mean or variance is not finite keeps its old values. The
+    batch counts only if it changes at least one channel.
 
     Args:
-      stats: the running statistics, vectors of shape `[C]`.
-      moments: those of the batch, vectors of shape `[C]`.
-      momentum: a number in [0, 1], a scalar array, traced or not, or None.
-      unbiased: keep the variance divided by n − 1 (torch), or by n (Flax, Keras, ONNX).
-      skip_nonfinite: leave out channels in which the batch is not finite; a bool, traced or not.
-      std_epsilon: a number averages `√(var + std_epsilon)` in place of the variance, as batch
-        renormalization may; None averages the variance.
+      stats: running statistics, vectors of shape `[C]`.
+      moments: moments of the batch, vectors of shape `[C]`.
+      momentum: weight of the new batch, in [0, 1]: a number, or a scalar array, traced or not; None
+        for the cumulative average.
+      unbiased: True to keep the variance divided by n − 1 (torch), False for n (Flax, Keras, ONNX).
+      skip_nonfinite: whether a channel keeps its running statistics if the batch has NaN or
+        infinity in it; a bool, traced or not.
+      std_epsilon: if given, averages the standard deviation `√(var + std_epsilon)` instead of the
+        variance, as batch renormalization may; None averages the variance.
 
     Returns:
-      New `BatchStats`, in the dtypes of `stats`, and spread over devices as they are.
+      New `BatchStats`, in the dtypes and the device layout of `stats`.
 
     Raises:
-      TypeError: `stats` or `moments` is of another type, `stats` is narrower than float32 or its
-        count not an integer; `momentum` is not a number; `skip_nonfinite` is not a bool.
+      TypeError: `stats` or `moments` has another type, `stats` is narrower than float32, its count
+        is not an integer, `momentum` is not a number, or `skip_nonfinite` is not a bool.
       ValueError: the shapes differ, or `momentum` is a number outside [0, 1].
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn
       >>> moments = jaxbn.batch_moments(jnp.array([[1.0, 2.0], [3.0, 6.0]]))
       >>> moments.mean, moments.var
@@ -226,11 +232,11 @@ def _updated(
 ) -> BatchStats:
     dtype, count = stats.mean.dtype, jnp.asarray(stats.count)
     kept, counted = jnp.array(True), jnp.array(True)
-    if skip_nonfinite is not None:  # whether to count takes all channels, and those of all devices
+    if skip_nonfinite is not None:  # `any` needs all channels, on all devices
         finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
         kept = finite | jnp.logical_not(skip_nonfinite)
         counted = kept.any()
-    # At the largest integer the count stays: one more would be the smallest.
+    # The count stays at the largest integer, where adding one would overflow.
     counted &= count < jnp.array(jnp.iinfo(count.dtype).max, count.dtype)
     count += counted.astype(count.dtype)
     batches = jnp.maximum(count, 1).astype(dtype)
@@ -242,7 +248,7 @@ def _updated(
         var = var * (n / jnp.maximum(n - 1, 1))
 
     def folded(old: jax.Array, new: jax.Array, valid: jax.Array) -> jax.Array:
-        # No choice between old and new, whose channels may be on different devices.
+        # Not a `where` of old and new: their channels may be on different devices.
         weight = factor * valid.astype(dtype)
         both = (1 - weight) * old + weight * jnp.where(valid, new, jnp.zeros((), dtype))
         return placed_like(both, old)
@@ -255,7 +261,7 @@ def _updated(
 
 
 def sum_of_weights(stats: BatchStats, decay: float) -> jax.Array:
-    """`1 − decay**count`, rounded as Haiku and Equinox do it in `jit`; 1 before the first batch."""
+    """`1 − decay**count`, rounded as by Haiku and Equinox in `jit`; 1 before the first batch."""
     if not 0 <= decay < 1:
         raise ValueError(f"The weight of the old statistics must be in [0, 1); got {decay}.")
     one = jnp.ones((), stats.mean.dtype)
@@ -265,7 +271,7 @@ def sum_of_weights(stats: BatchStats, decay: float) -> jax.Array:
 
 
 def checked_stats(stats: BatchStats) -> BatchStats:
-    """`stats` as arrays: vectors of float32 or float64, both of the same, and an integer count."""
+    """`stats` as arrays: vectors of one dtype, float32 or float64, and an integer count."""
     if not isinstance(stats, BatchStats):
         raise TypeError(
             "`stats` must be a BatchStats of mean, var and count, or None where none are kept; "
@@ -299,7 +305,7 @@ def checked_stats(stats: BatchStats) -> BatchStats:
     if count.ndim:
         raise ValueError(
             "`stats.count` must be a scalar, the number of batches of all channels; got shape "
-            f"{count.shape}. Of statistics that are replicated take one: count[0]."
+            f"{count.shape}. From replicated statistics, take one: count[0]."
         )
     return stats
 
@@ -321,6 +327,7 @@ def _check_names(mapping: Mapping[str, ArrayLike]) -> None:
 
 
 def check_number(name: str, number: object, what: str) -> None:
+    """Refuses anything but an int of at least 1."""
     if not isinstance(number, numbers.Integral) or isinstance(number, bool):
         raise TypeError(f"`{name}` must be an int, the number of {what}; got {number!r}.")
     if number < 1:
@@ -328,7 +335,7 @@ def check_number(name: str, number: object, what: str) -> None:
 
 
 def _check_count(count: object) -> None:
-    """Refuses a count that int32 does not hold; one of another type is refused elsewhere."""
+    """Refuses a count that does not fit into int32. Other checks refuse other types."""
     value = np.asarray(count)
     if value.dtype.kind in "iu" and ((value < 0) | (value > np.iinfo(np.int32).max)).any():
         raise ValueError(

@@ -1,19 +1,19 @@
-"""Which parameters weight decay leaves alone."""
+"""A mask of the parameters that weight decay applies to."""
 
 import re
 from typing import Any
 
 import jax
 
-# What libraries call the parameters of normalization layers, where no other layer has the name.
+# Names that libraries give to parameters of normalization layers, and to no others.
 AFFINE = ("scale", "offset", "gamma", "beta")
 
 
 def weight_decay_mask(params: Any) -> Any:
-    """True for the parameters to decay, False for those of normalization layers.
+    """Marks the parameters to decay: False for those of normalization layers, True for most others.
 
-    Behind a normalization, decaying `scale` and `bias` pulls a layer towards zero instead of
-    making its weights small. A leaf is told by its name, the last one on its path:
+    Decaying the `scale` and `bias` of a normalization layer shrinks the output of the layer, and
+    does not keep weights small. The rule looks at the name of a leaf, the last one on its path:
 
         scale, offset, gamma, beta   False
         weight          True unless it is a vector, or has the shape of the `bias` beside it, as in
@@ -21,21 +21,22 @@ def weight_decay_mask(params: Any) -> Any:
         bias            True if a `kernel` or a `weight` to decay stands beside it, and False if not
         any other       True
 
-    A `bias` beside a `kernel` is one of a dense layer or a convolution. To decay no vector at all,
-    use `jax.tree.map(lambda p: p.ndim > 1, params)` instead.
+    A `bias` beside a `kernel` belongs to a dense layer or a convolution. To decay no vectors at
+    all, use `jax.tree.map(lambda p: p.ndim > 1, params)` instead.
 
     Args:
-      params: any pytree of parameters: of Linen, NNX (`nnx.state(model, nnx.Param)`), Equinox,
-        Haiku, Keras, or any nesting of dicts, lists, tuples and dataclasses with these names. Keys
-        may be whole paths: tuples, or strings with "/" or "." between the names.
+      params: a pytree of parameters: of Linen, NNX (`nnx.state(model, nnx.Param)`), Equinox, Haiku
+        or Keras, or any nesting of dicts, lists, tuples and dataclasses with these names. Keys may
+        be whole paths: tuples, or strings with "/" or "." between the names.
 
     Returns:
-      A tree of bools in the structure of `params`; the function itself may be `mask` in optax.
+      A tree of bools with the structure of `params`. The function itself can be the `mask` in
+        optax.
 
     Raises:
-      ValueError: a node of the tree does not tell the names of its children.
+      ValueError: a node of the tree does not name its children.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn
       >>> dense = {"kernel": jnp.ones((4, 2)), "bias": jnp.zeros(2)}
       >>> norm = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
@@ -70,7 +71,7 @@ def weight_decay_mask(params: Any) -> Any:
 
 
 def names_on(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The keys of a path as names, without the one that NNX puts between variable and array."""
+    """The keys of a path as names, without the key that NNX puts between variable and array."""
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     names: list[str] = []

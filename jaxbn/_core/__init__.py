@@ -1,1 +1,1 @@
-"""The numerics: moments, normalization, the derivative rule, and what devices tell each other."""
+"""The numerics: moments, normalization, the derivative rule, and communication between devices."""

@@ -1,4 +1,4 @@
-"""The channel axis and the others: a sum over these, and the way back."""
+"""The channel axis and the reduced axes: a sum over these, and the way back."""
 
 from typing import Any
 
@@ -17,5 +17,5 @@ def total(x: jax.Array, axis: int) -> jax.Array:
 
 
 def expand(vector: jax.Array, like: Any, axis: int) -> jax.Array:
-    """`vector` along `axis`, to broadcast against `like`, the type of an array."""
+    """`vector` along `axis`, shaped to broadcast against arrays of the type `like`."""
     return jnp.expand_dims(vector, reduced_axes(like.ndim, axis))

@@ -1,8 +1,9 @@
-"""Forms that exist for the sake of one compiler, each with its reason.
+"""Forms of the computation that suit one compiler, each with its reason.
 
-XLA's CPU compiler runs a sum, and the float32 arithmetic in front of it, as one fast loop. It
-writes out selections, conversions from float16 and bfloat16, and what a sum shares with other code.
-`benchmarks/README.md` has the measurements, on the oldest and the newest JAX.
+XLA's CPU compiler fuses a sum with the float32 arithmetic in front of it into one fast loop. It
+writes some intermediate results to memory: selections, conversions from float16 and bfloat16, and
+values that a sum shares with other code. `benchmarks/README.md` has the measurements, on the oldest
+and the newest JAX.
 """
 
 import functools
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jaxbn._core.axes import expand, reduced_axes, total
 from jaxbn._core.devices import spread
 
-# Elements. Up to here memory traffic does not matter, and one form serves all platforms.
+# Number of elements up to which memory traffic does not matter. One form serves all platforms.
 SMALL = 2**15
 
 # A sum over every axis but one.
@@ -25,22 +26,23 @@ Total = Callable[[jax.Array, int], jax.Array]
 
 
 def is_small(x: Any) -> bool:
-    """Whether memory traffic does not matter; also if the size is a symbol of `jax.export`."""
+    """Whether memory traffic does not matter, or the size is a symbol of `jax.export`."""
     return not isinstance(x.size, int) or x.size <= SMALL
 
 
 def rounded(x: jax.Array) -> jax.Array:
     """`x` with one bit less.
 
-    A compiler may fuse the product that a shift comes from with the difference that uses it. The
-    product is then not rounded, and the shift is another number at each place. Not so with this.
+    A compiler may fuse the product that yields a shift with the subtraction that uses the shift.
+    The product is then not rounded, and the shift has another value at each use. The explicit
+    rounding prevents this.
     """
     info = jnp.finfo(x.dtype)
     return jax.lax.reduce_precision(x, info.nexp, info.nmant - 1)
 
 
 def apart(x: jax.Array, *platforms: str) -> jax.Array:
-    """`x`, as an array that compilers for these platforms do not know to be the same."""
+    """`x`, as an array that compilers for these platforms do not recognize as the same."""
     barriers = dict.fromkeys(platforms, jax.lax.optimization_barrier)
     copy: jax.Array = jax.lax.platform_dependent(x, **barriers, default=lambda x: x)
     return copy
@@ -50,7 +52,7 @@ def apart(x: jax.Array, *platforms: str) -> jax.Array:
 def everywhere(condition: jax.Array) -> jax.Array:
     """Whether a condition holds in every channel; False under `jax.vmap`.
 
-    Under `jax.vmap` a conditional would compute both branches.
+    Under `jax.vmap`, a conditional would compute both branches.
     """
     return condition.all()
 
@@ -61,9 +63,9 @@ def _(axis_size: int, in_batched: Any, condition: jax.Array) -> tuple[jax.Array,
 
 
 def written_out(like: Any, *vectors: jax.Array) -> tuple[jax.Array, ...]:
-    """The vectors, each computed once on a CPU; and so are their cotangents.
+    """The vectors, each computed only once on a CPU, and so are their cotangents.
 
-    XLA would compute them anew for every element, in the loops over a large array that use them. It
+    XLA would recompute them for every element in the loops over large arrays that use them. It
     never fuses a reduction into a loop, so each vector is summed with zeros.
     """
     if is_small(like) or any(is_placed(jax.typeof(v)) for v in (like, *vectors)):
@@ -81,10 +83,10 @@ def written_out(like: Any, *vectors: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def total_in_pieces(x: jax.Array, axis: int) -> jax.Array:
-    """Sum of `x` over every axis but `axis`, fast on a CPU whatever `x` is computed from.
+    """Sum of `x` over every axis but `axis`, fast on a CPU however `x` is computed.
 
-    One elementwise pass adds up pieces, `x[:, :p] + x[:, p:2p] + …`, with everything in front of
-    it, and leaves a fraction to XLA's reduction.
+    One elementwise pass adds up pieces, `x[:, :p] + x[:, p:2p] + …`, together with the computation
+    of `x`, and leaves only a fraction to XLA's reduction.
     """
     pieces = _pieces(jax.typeof(x), axis)
     if pieces == 1:
@@ -93,12 +95,12 @@ def total_in_pieces(x: jax.Array, axis: int) -> jax.Array:
     split = 3 - axis
     size = x.shape[split] // pieces
     parts = (jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=split) for i in range(pieces))
-    # Rounded, or the compiler takes the additions for a part of its reduction.
+    # Rounded, since the compiler would otherwise merge the additions into its reduction.
     return total(rounded(functools.reduce(jnp.add, parts)), axis)
 
 
 def expand_tangent(vector: jax.Array, like: Any, axis: int, obstructed: bool) -> jax.Array:
-    """`expand` of a tangent. Transposed it is a sum, on a CPU in pieces where that is faster."""
+    """`expand` for a tangent. Its transpose is a sum, on a CPU in pieces if that is faster."""
     if not sums_in_pieces(like, axis, obstructed):
         return expand(vector, like, axis)
     pieces = _pieces(like, axis)
@@ -120,19 +122,19 @@ def expand_tangent(vector: jax.Array, like: Any, axis: int, obstructed: bool) ->
 
 
 def sums_in_pieces(x: Any, axis: int, obstructed: bool) -> bool:
-    """Whether a CPU sums what is computed from a batch of this type faster in pieces.
+    """Whether a CPU sums values computed from a batch of this type faster in pieces.
 
-    Obstructed are sums that a mask, `jax.vmap` over groups, or an input that is computed from the
-    output keeps from XLA's fast loop.
+    A sum is obstructed if XLA's fast loop cannot compute it: under a mask, in `jax.vmap` over
+    groups, or if the input is computed from the output.
     """
     return (obstructed or x.dtype.itemsize <= 2) and _pieces(x, axis) > 1
 
 
 def _pieces(x: Any, axis: int) -> int:
-    """Into how many pieces a sum splits the positions of each sample; 1 for a sum in one go.
+    """Number of pieces into which a sum splits the positions of each sample; 1 for a single sum.
 
-    Samples stay together, since they may be spread over devices. Nothing is split if the type of
-    `x` says that it is spread.
+    Samples stay whole, since they may be spread over devices. Nothing is split if the type of `x`
+    says that it is spread.
     """
     if is_small(x) or not _is_flat_in_place(x, axis):
         return 1
@@ -141,7 +143,7 @@ def _pieces(x: Any, axis: int) -> int:
 
 
 def flattened(x: jax.Array, axis: int) -> tuple[jax.Array, int]:
-    """`x` with the positions of each sample along one axis, if that moves nothing; its `axis`."""
+    """`x` with the positions of each sample on one axis, if that moves no data, and its `axis`."""
     if not _is_flat_in_place(jax.typeof(x), axis):
         return x, axis
     shape, axis = _flat(x.shape, axis)
@@ -149,19 +151,19 @@ def flattened(x: jax.Array, axis: int) -> tuple[jax.Array, int]:
 
 
 def _is_flat_in_place(x: Any, axis: int) -> bool:
-    """Whether the positions of each sample are neighbours in memory, on one device."""
+    """Whether the positions of each sample are neighbors in memory, on one device."""
     return x.ndim > 1 and axis in (1, x.ndim - 1) and not is_placed(x)
 
 
 def _flat(shape: tuple[int, ...], axis: int) -> tuple[list[int], int]:
-    """The shape of a batch with the positions of each sample along one axis; its `axis`.
+    """The shape of a batch with the positions of each sample along one axis, and its `axis`.
 
-    If a sample has one position, 8 neighbours count as one sample. Their number must be a multiple
-    of 64, so that neighbours stay together on up to 8 devices.
+    If a sample has one position, 8 neighbors count as one sample. Their number must be a multiple
+    of 64, so that neighbors stay together on up to 8 devices.
     """
     if len(shape) == 2:
-        neighbours = 1 if shape[0] % 64 else 8
-        return [shape[0] // neighbours, neighbours, shape[1]], 2
+        neighbors = 1 if shape[0] % 64 else 8
+        return [shape[0] // neighbors, neighbors, shape[1]], 2
     positions = math.prod(shape[i] for i in reduced_axes(len(shape), axis)[1:])
     if axis == 1:
         return [shape[0], shape[1], positions], 1
@@ -169,14 +171,14 @@ def _flat(shape: tuple[int, ...], axis: int) -> tuple[list[int], int]:
 
 
 def is_placed(x: Any) -> bool:
-    """Whether the type `x` says that arrays of it are spread over devices."""
+    """Whether the type `x` says that its arrays are spread over devices."""
     return any(x.sharding.spec)
 
 
 def may_be_spread(x: jax.Array) -> bool:
     """Whether the current mesh, or the type of `x`, has devices to spread `x` over.
 
-    A condition on all channels would then take one more collective.
+    A condition on all channels would then need one more collective.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = (mesh.shape[name] for name in mesh.axis_names if name not in mesh.manual_axes)

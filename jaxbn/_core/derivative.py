@@ -14,8 +14,13 @@ from jaxbn._core.forward import Form, Operands, activated, applied, coefficients
 from jaxbn._core.moments import Shifted, centered, means, shifted_moments, where_valid
 from jaxbn._core.renorm import corrected, correction
 
-# For policies of `jax.checkpoint`: from these a layer is computed again without reductions.
-INPUT, MEAN, RSTD = CHECKPOINT_NAMES = ("jaxbn.input", "jaxbn.mean", "jaxbn.rstd")
+CHECKPOINT_NAMES = ("jaxbn.input", "jaxbn.mean", "jaxbn.rstd")
+"""Names of the input, the mean and `1/√(var + epsilon)` for policies of `jax.checkpoint`.
+
+A policy that saves them, `jax.checkpoint_policies.save_only_these_names(*jaxbn.CHECKPOINT_NAMES)`,
+recomputes a layer without its reductions.
+"""
+INPUT, MEAN, RSTD = CHECKPOINT_NAMES
 OUTPUT = "jaxbn.output"
 
 # The output, the moments of the batch, and `rstd`.
@@ -33,7 +38,7 @@ def normalize_by_batch(operands: Operands, form: Form) -> Outputs:
 
 
 def _renormalized(moments: Shifted, rstd: jax.Array, *operands: Operands) -> list[Operands]:
-    """Operands, and their tangents, with the scale and bias of batch renormalization, if any."""
+    """Operands, and their tangents, after the correction by batch renormalization, if any."""
     by_limits = correction(operands[0].limits, moments, rstd)
     pairs = [corrected(v.scale, v.bias, by_limits) for v in operands]
     changed = zip(operands, pairs, strict=True)
@@ -52,7 +57,7 @@ def _normalize_by_batch_jvp(
 ) -> tuple[Outputs, Outputs]:
     (operands,), (directions,) = primals, tangents
     _, moments, rstd = normalize_by_batch(operands, form._replace(differentiated=True))
-    # The backward pass keeps of the arguments what it reads, and what is named `OUTPUT`.
+    # The backward pass keeps the arguments that it reads, and the array named `OUTPUT`.
     policy = jax.checkpoint_policies.save_only_these_names(OUTPUT)
     with_tangent = jax.checkpoint(
         functools.partial(_with_tangent, form=form), prevent_cse=False, policy=policy
@@ -66,11 +71,11 @@ def _normalize_by_batch_jvp(
 def _with_tangent(
     operands: Operands, directions: Operands, moments: Shifted, rstd: jax.Array, *, form: Form
 ) -> tuple[Outputs, Outputs]:
-    """The output and its tangent, from named arrays: a policy that keeps them needs no reductions.
+    """The output and its tangent from named arrays. A policy that keeps them needs no reductions.
 
-    With a residual, the sign of the output tells the derivative of some activations. The next layer
-    keeps the output anyway, so it is kept here instead of the residual; with `keep_output`, instead
-    of the input.
+    With a residual, the sign of the output determines the derivative of some activations. The next
+    layer keeps the output anyway, so it is kept here instead of the residual, and with
+    `keep_output` instead of the input.
     """
     operands = operands._replace(x=checkpoint_name(operands.x, INPUT))
     moments = moments._replace(
@@ -87,18 +92,19 @@ def _with_tangent(
 
 
 def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: Form) -> Outputs:
-    """Tangents of the outputs, linear in those of the operands.
+    """Tangents of the outputs, linear in the tangents of the operands.
 
         dz = k·dx + p + d·q + dresidual    with  q = (dscale − k·E[dx·x̂])·r
                                                  p = dbias − k·E[dx] − delta·u·q
 
-    for `k = scale·rstd`, `d = (x − shift)·u`, `E[dx·x̂] = (E[dx·d] − delta·u·E[dx])·r` and
-    `rstd = u·r` with u a power of two. The vectors p and q come first. Transposed, bias and E[dx]
-    then share one reduction of the cotangent, and scale and E[dx·x̂] the other.
+    Here `k = scale·rstd`, `d = (x − shift)·u`, `E[dx·x̂] = (E[dx·d] − delta·u·E[dx])·r`, and
+    `rstd = u·r` with u a power of two. The vectors p and q are computed first. In the transpose,
+    bias and E[dx] then share one reduction of the cotangent, and scale and E[dx·x̂] share the
+    other.
 
-    Both reductions are of d, not of x̂. Differences of nearby floats and powers of two are exact;
-    x̂ is off by its rounding, alike wherever x is alike, and such errors add up. No power of rstd
-    above the first is formed except in drstd, which is made of it: the others would underflow.
+    Both reductions use d, not x̂. Differences of nearby floats and powers of two are exact. The
+    rounding errors of x̂ are equal for equal x, and such errors add up. No power of rstd above the
+    first is formed, except in drstd, which consists of it: other powers would underflow.
     """
     y, moments, rstd = outputs
     x, mask, scale, *_ = operands
@@ -115,7 +121,7 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
     mean_dx_normalized = (mean_product - delta * mean_dx) * rest
     q = (directions.scale - k * mean_dx_normalized) * rest
     p = directions.bias - k * mean_dx - delta * q
-    # A second difference: XLA's CPU compiler would write out one that `dx` uses too.
+    # Subtracted again: XLA's CPU compiler would write one that `dx` shares to memory.
     same = moments._replace(shift=apart(shift, "cpu"))
     deviation = _deviation(operands, (y, same, rstd), form)
     obstructed = mask is not None or form.grouped or form.keep_output
@@ -134,7 +140,7 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
 
 
 def _deviation(operands: Operands, outputs: Outputs, form: Form) -> jax.Array:
-    """`x − shift`, of the input or of the output, whichever is kept; zero where masked."""
+    """`x − shift`, from the input or the output, whichever is kept; zero where masked."""
     y, moments, rstd = outputs
     if not form.keep_output:
         return centered(operands.x, operands.mask, form.axis, moments.shift)
@@ -143,7 +149,7 @@ def _deviation(operands: Operands, outputs: Outputs, form: Form) -> jax.Array:
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
-    """The power of two next to `x`. No result depends on it, so it counts as a constant."""
+    """A power of two next to `x`. No result depends on it, so it counts as a constant."""
     return jax.lax.stop_gradient(jax.lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, 0))
 
 
@@ -154,17 +160,17 @@ def _term_by_term(
     outputs: Outputs,
     form: Form,
 ) -> jax.Array:
-    """The tangent of the output if the sign of its argument tells the slope of the activation.
+    """The tangent of the output if the sign of `z` determines the slope of the activation.
 
-    XLA:GPU writes out a slope that terms share, as a mask. Here each term has a slope that XLA does
-    not know to be the others': compiled for an H100, four bottleneck blocks moved 33.0 bytes per
-    element with one slope for two of the terms, and 31.9 with three.
+    XLA:GPU writes a slope that several terms share to memory, as a mask. Here each term has a slope
+    that XLA does not recognize as the same. Compiled for an H100, four bottleneck blocks moved 33.0
+    bytes per element with one slope for two of the terms, and 31.9 with three slopes.
     """
     tangents = []
     y, moments, rstd = outputs
     for term in terms:
         if form.keep_output:
-            # The sign of zero, too: an output that is tiny may be rounded to it.
+            # Also with the sign of zero, since a tiny output may be rounded to zero.
             y = apart(y, "cuda", "rocm")
             z = jnp.copysign(jnp.ones_like(y), y)
         else:
@@ -178,11 +184,12 @@ def _term_by_term(
 def _through_activation(
     dz: jax.Array, directions: Operands, operands: Operands, outputs: Outputs, form: Form
 ) -> jax.Array:
+    """The tangent of the output from `dz`, the tangent of the activation's argument."""
     if form.activation is None:
         return dz.astype(form.dtype)
     y, moments, rstd = outputs
     if form.activation in PIECEWISE_LINEAR:
-        # Selected in the dtype of the output: XLA would write a selection in float32 out.
+        # Selected in the dtype of the output: XLA would write a float32 selection to memory.
         z, dz = y, dz.astype(form.dtype)
     else:
         z = seen(_preactivation(operands, moments, rstd, form), operands, form)

@@ -1,4 +1,4 @@
-"""The devices that share a batch, and what they tell each other about it."""
+"""The devices that share a batch, and their communication."""
 
 import itertools
 import math
@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-# The name of a mapped axis of devices, or a tuple of several; None for the one device.
+# The name of a mapped axis of devices, or a tuple of names; None for a single device.
 AxisName = Hashable | None
 AxisIndexGroups = Sequence[Sequence[int]] | None
 
 
 class Devices(NamedTuple):
-    """Mapped axes of `jax.vmap`, `jax.pmap` or `jax.shard_map`; none for one device alone.
+    """Mapped axes of `jax.vmap`, `jax.pmap` or `jax.shard_map`; none for a single device.
 
-    With `groups`, indices along the one axis, those of each group share a batch of their own.
+    `groups` are indices along the one axis. The devices of each group share a batch of their own.
     """
 
     names: tuple[Hashable, ...] = ()
@@ -33,7 +33,7 @@ ALONE = Devices()
 
 
 def checked_devices(axis_name: AxisName, index_groups: AxisIndexGroups = None) -> Devices:
-    """The devices of the axes, refused unless the axes are bound where this is called."""
+    """The devices along the axes, which must be bound here."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     devices = Devices(names) if axis_name is not None else ALONE
     if len({*names}) < len(names):
@@ -70,6 +70,7 @@ def checked_devices(axis_name: AxisName, index_groups: AxisIndexGroups = None) -
 
 
 def _checked_index_groups(groups: Any, size: int) -> tuple[tuple[int, ...], ...]:
+    """The groups as tuples. They must hold each index once and have the same size."""
     try:
         checked = tuple(tuple(map(operator.index, group)) for group in groups)
     except TypeError:
@@ -83,18 +84,18 @@ def _checked_index_groups(groups: Any, size: int) -> tuple[tuple[int, ...], ...]
 
 
 def _mapped_by_vmap(names: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
-    """The axes that live inside arrays: what crosses these crosses no device."""
+    """The axes of `jax.vmap`, which live inside arrays. Collectives along them cross no device."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(name for name in names if name not in manual)
 
 
 def _varies(name: Hashable) -> bool:
-    """Whether the types in an enclosing `jax.shard_map` say what varies along the axis."""
+    """Whether types in the enclosing `jax.shard_map` tell what varies along the axis."""
     return name in jax.typeof(jax.lax.axis_index(name)).manual_axis_type.varying
 
 
 def placed_like(array: jax.Array, x: jax.Array) -> jax.Array:
-    """`array`, which broadcasts against `x`, on the devices that hold the same part of `x`."""
+    """`array`, which broadcasts against `x`, on the devices with the same part of `x`."""
     old, like = jax.typeof(array).sharding, jax.typeof(x).sharding
     sizes = zip(array.shape, x.shape, like.spec, strict=True)
     spec = PartitionSpec(*(names if m == n else None for m, n, names in sizes))
@@ -106,14 +107,14 @@ def placed_like(array: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def spread_over(like: Any, axes: Sequence[int]) -> int:
-    """How many devices the type of an array spreads these axes over."""
+    """Number of devices over which the type of an array spreads these axes."""
     entries = (like.sharding.spec[axis] for axis in axes)
     names = names_in(entries)
     return math.prod(like.sharding.mesh.shape[name] for name in names)
 
 
 def names_in(entries: Iterable[Any]) -> set[str]:
-    """The mesh axes in entries of a specification, each of which has none, one or several."""
+    """The mesh axes in entries of a `PartitionSpec`, each with none, one or several."""
     entries = (entry if isinstance(entry, tuple) else (entry,) for entry in entries)
     return {name for entry in entries for name in entry if name is not None}
 
@@ -135,14 +136,14 @@ def gathered(array: jax.Array, devices: Devices) -> jax.Array:
 
 def summed(array: jax.Array, devices: Devices) -> jax.Array:
     """The sum of the arrays of all devices, in one collective."""
-    if devices.groups is not None:  # of which `psum` knows nothing where types tell what varies
+    if devices.groups is not None:  # not supported by `psum` if types tell what varies
         return gathered(array, devices).sum(0)
     total: jax.Array = jax.lax.psum(array, devices.names)
     return total
 
 
 def spread(array: jax.Array, like: Any) -> jax.Array:
-    """`array`, which may differ between devices where arrays of the type `like` may."""
+    """`array`, typed to vary between devices along the axes that `like` varies along."""
     names = like.manual_axis_type.varying - jax.typeof(array).manual_axis_type.varying
-    # Sorted, since every process must compile the same.
+    # Sorted, since every process must compile the same program.
     return jax.lax.pcast(array, tuple(sorted(names)), to="varying") if names else array

@@ -1,10 +1,10 @@
-"""Normalization by known moments: coefficients of each channel, and their application.
+"""Normalization by known moments: the coefficients of each channel, and their application.
 
     factor = scale·rstd          offset = bias − delta·factor
     y      = activation((x − shift)·factor + offset + residual)
 
-Inference is these two steps. Training puts the moments of the batch in front of them, under the
-derivative rule of `derivative.py`.
+Inference mode consists of these two steps. Training mode first computes the moments of the batch,
+and applies the derivative rule of `derivative.py` to all three.
 """
 
 import functools
@@ -25,7 +25,7 @@ from jaxbn._core.renorm import Limits
 
 
 class Form(NamedTuple):
-    """What is known when the function is traced."""
+    """Everything that is known when the function is traced."""
 
     axis: int
     epsilon: float
@@ -34,11 +34,11 @@ class Form(NamedTuple):
     activation: Activation | None = None
     differentiated: bool = False
     grouped: bool = False  # one of several groups, under `jax.vmap`
-    keep_output: bool = False  # for the backward pass, in place of the input
+    keep_output: bool = False  # for the backward pass, instead of the input
 
 
 class Operands(NamedTuple):
-    """The arrays to differentiate by, and the mask. None stands for what is not there."""
+    """The arrays to differentiate with respect to, and the mask. None means absent."""
 
     x: jax.Array
     mask: jax.Array | None
@@ -49,14 +49,14 @@ class Operands(NamedTuple):
     limits: Limits | None = None  # of batch renormalization
 
 
-# Of each channel: shift, factor, offset.
+# Shift, factor and offset of each channel.
 Coefficients = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def coefficients(
     shift: jax.Array, delta: jax.Array | None, rstd: jax.Array, operands: Operands
 ) -> Coefficients:
-    """Those for the mean `shift + delta`; without `delta` for the mean `shift`."""
+    """The coefficients for the mean `shift + delta`, or for the mean `shift` without `delta`."""
     factor = operands.scale * rstd
     offset = operands.bias if delta is None else operands.bias - delta * factor
     return shift, factor, offset
@@ -65,7 +65,7 @@ def coefficients(
 def applied(coefficients: Coefficients, operands: Operands, form: Form) -> jax.Array:
     """`(x − shift)·factor + offset + residual`, in the dtype of the coefficients.
 
-    The shift comes off first: `x·factor + (offset − shift·factor)` cancels if the mean is large.
+    The shift is subtracted first. With a large mean, `x·factor + (offset − shift·factor)` cancels.
     """
     x, mask, _, _, residual, *_ = operands
     shift, *vectors = coefficients
@@ -74,9 +74,9 @@ def applied(coefficients: Coefficients, operands: Operands, form: Form) -> jax.A
     if residual is None:
         return z
     residual = where_valid(mask, residual)
-    # XLA may drop a rounding to bfloat16 and back. XLA:GPU then computes the float32 values once
-    # more, or writes them to memory too: compiled for an H100, four bottleneck blocks moved 34.9
-    # bytes per element, and 32.5 with the barrier. On a TPU the barrier costs four bytes.
+    # XLA may drop a rounding to bfloat16 and back. XLA:GPU then recomputes the float32 values, or
+    # writes them to memory, too. Compiled for an H100, four bottleneck blocks moved 34.9 bytes per
+    # element, and 32.5 with the barrier. On a TPU, the barrier costs four bytes.
     if residual.dtype.itemsize == 2:
         residual = apart(residual, "cuda", "rocm")
     return z + residual.astype(z.dtype)
@@ -90,9 +90,9 @@ def activated(z: jax.Array, operands: Operands, form: Form) -> jax.Array:
 
 
 def inverted(y: jax.Array, coefficients: Coefficients, operands: Operands, form: Form) -> jax.Array:
-    """`x − shift` from an output without a residual: `activated` and `applied`, undone.
+    """`x − shift` from an output without a residual: inverts `activated` and `applied`.
 
-    Two calls share no array. Without the barrier XLA keeps a copy of `y` in float32.
+    Two calls share no array. Without the barrier, XLA keeps a copy of `y` in float32.
     """
     _, *vectors = coefficients
     y = apart(y, "cpu", "cuda", "rocm")
@@ -102,20 +102,20 @@ def inverted(y: jax.Array, coefficients: Coefficients, operands: Operands, form:
 
 
 def seen(z: jax.Array, operands: Operands, form: Form) -> jax.Array:
-    """What the activation is given: zero where masked, if it may look at more than one value."""
+    """The argument of the activation: zero where masked, if it may look at more than one value."""
     return where_valid(operands.mask, z) if is_own(form.activation) else z
 
 
 def normalize_by_statistics(
     operands: Operands, mean: jax.Array, var: jax.Array, form: Form
 ) -> jax.Array:
-    """Batch norm in inference mode. The backward pass keeps the arguments alone."""
+    """Batch norm in inference mode. The backward pass keeps only the arguments."""
 
     def output(operands: Operands, mean: jax.Array, rstd: jax.Array) -> jax.Array:
         z = applied(coefficients(mean, None, rstd, operands), operands, form)
         return activated(z, operands, form)
 
-    # A negative variance shows, even where epsilon would make up for it.
+    # A negative variance gives NaN, even if epsilon would make up for it.
     rstd = jax.lax.rsqrt(jnp.where(var < 0, jnp.nan, var) + form.epsilon)
     if not is_plain(operands, form, rstd.dtype):
         output = jax.checkpoint(output, prevent_cse=False)
@@ -123,9 +123,9 @@ def normalize_by_statistics(
 
 
 def is_plain(operands: Operands, form: Form, dtype: DTypeLike) -> bool:
-    """Whether inference is made of JAX's standard primitives alone, which all interpreters know.
+    """Whether inference mode uses only JAX's standard primitives, which all interpreters know.
 
-    `x − mean` is then kept for the backward pass in place of `x`, which costs nothing.
+    The backward pass then keeps `x − mean` instead of `x`, which costs nothing.
     """
     return form.activation is None and operands.x.dtype == dtype
 
@@ -133,7 +133,7 @@ def is_plain(operands: Operands, form: Form, dtype: DTypeLike) -> bool:
 def traced_once(function: Callable[..., Any], form: Form) -> Callable[..., Any]:
     """`function(…, form=form)`, traced and compiled once for all layers that are alike.
 
-    A user's own activation may be a new function object in every call, so those are left out.
+    A user's own activation may be a new function object in every call, so it is left out.
     """
     if is_own(form.activation):
         return functools.partial(function, form=form)
@@ -142,4 +142,5 @@ def traced_once(function: Callable[..., Any], form: Form) -> Callable[..., Any]:
 
 @functools.cache
 def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled by `jax.jit`, the same object in every call."""
     return jax.jit(function, static_argnames="form")

@@ -1,4 +1,4 @@
-"""Mean and variance of each channel, without cancellation, on one device and across several."""
+"""Mean and variance of each channel without cancellation, on one device or several."""
 
 import functools
 import math
@@ -25,21 +25,21 @@ from jaxbn._core.compilers import (
 )
 from jaxbn._core.devices import ALONE, Devices, gathered, names_in, spread, summed
 
-# Devices. One gather waits once where two sums wait twice, but its result grows with the devices.
+# Number of devices up to which one gather replaces two sums. It waits once, but grows with them.
 GATHERED = 16
-# Values whose sum has a rounding error that is small, and random from one such sum to the next.
+# Number of values whose sums have small, random rounding errors.
 ROW = 256
-# Entries of a mask that an int32 can count.
+# Number of entries of a mask that an int32 can count.
 COUNTED = 2**31 - 1
-# The part of a batch that is its first sample.
+# Stands for the first sample, among the parts of a batch.
 FIRST = 0
 
 
 class Shifted(NamedTuple):
-    """Moments whose mean is `shift + delta`.
+    """Moments with the mean `shift + delta`.
 
-    The two stay apart. Where the mean is large, their sum would round `delta` away, and with it the
-    exactness of `x − shift − delta`.
+    The two stay apart. If the mean is large, adding them would round `delta` away, and
+    `x − shift − delta` would no longer be exact.
     """
 
     shift: jax.Array
@@ -59,7 +59,7 @@ def shifted_moments(
 ) -> Shifted:
     """Moments of `x` on all devices, in `dtype`; one collective on at most `GATHERED` devices.
 
-    Derivatives need an exact `delta`: they add up `x − shift − delta` over the whole batch.
+    Derivatives need an exact `delta`, since they add up `x − shift − delta` over the whole batch.
     """
     masked, sharding = mask is not None, jax.typeof(x).sharding
     mesh, spec, vector = sharding.mesh, sharding.spec, PartitionSpec(sharding.spec[axis])
@@ -71,7 +71,7 @@ def shifted_moments(
         names = tuple(name for name in mesh.axis_names if name in split)
         return _merged_across(moments, masked, Devices(names))
 
-    if split:  # The type of `x` says how it is split: each device takes its own part.
+    if split:  # The type of `x` says how it is split. Each device takes its own part.
         local = jax.shard_map(
             local,
             mesh=mesh,
@@ -130,8 +130,8 @@ def _about_estimate(
 ) -> Shifted:
     """Moments about an estimate K of the mean: `E[x − K]` and `E[(x − K)²] − E[x − K]²`.
 
-    K is the mean of the first of the `parts`; each further part corrects it. Under a mask every
-    part is all that the mask keeps.
+    K is the mean of the first of the `parts`, and each further part corrects it. With a mask, every
+    part consists of all valid entries.
     """
     if mask is None and x.ndim > 2:
         x, axis = flattened(x, axis)
@@ -141,14 +141,14 @@ def _about_estimate(
         some_count = count if mask is not None else _count(some, None, axis, count.dtype)
         (left,) = means((centered(some, mask, axis, estimate),), some_count, axis, total=total)
         (estimate,) = written_out(x, rounded(estimate + rounded(left)))
-    # Two differences: XLA's CPU compiler would write out one that both sums use.
+    # Subtracted twice: XLA's CPU compiler would write one that both sums use to memory.
     deviation, same = (centered(x, mask, axis, v) for v in (estimate, apart(estimate, "cpu")))
     delta, mean_square = means((deviation, jnp.square(same)), count, axis, total=total)
     # Rounding may leave the variance of a constant channel just below zero.
     var = jnp.maximum(mean_square - jnp.square(delta), 0)
     if parts[-1] == 1:
         return Shifted(estimate, delta, var, count)
-    # From here on the mean itself is the better shift.
+    # The mean itself is the better shift from here on.
     (shift,) = written_out(x, rounded(estimate + rounded(delta)))
     return Shifted(shift, (estimate - shift) + delta, var, count)
 
@@ -164,9 +164,9 @@ def _about_zero(
 ) -> Shifted:
     """Moments by `E[x²] − E[x]²` if that loses at most two bits, `E[x]² ≤ 3·var`, in all channels.
 
-    If it loses more, or if squares leave the range of floats, the moments are those of `otherwise`.
-    With axes in `rows`, the mean is that of the sums along them, and `delta` is exact: the rounding
-    errors of many short sums cancel. Without, `delta` is zero.
+    If it loses more, or if squares leave the range of floats, `otherwise` computes the moments.
+    With axes in `rows`, the mean is computed from the sums along them. `delta` is then exact, since
+    the rounding errors of many short sums cancel. Without `rows`, `delta` is zero.
     """
     wide = x.astype(count.dtype)
     sums = wide.sum(rows, keepdims=True)
@@ -176,7 +176,7 @@ def _about_zero(
     shift, delta = mean, spread(jnp.zeros_like(mean), jax.typeof(mean))
     if rows:
         length, info = x.size // sums.size, jnp.finfo(mean.dtype)
-        # Of so few bits that its product with the length is exact.
+        # With so few bits, its product with the length is exact.
         shift = jax.lax.reduce_precision(mean, info.nexp, info.nmant - length.bit_length())
         (delta,) = means((sums - length * expand(shift, jax.typeof(x), axis),), count, axis)
     plain = Shifted(shift, delta, var, count)
@@ -193,38 +193,40 @@ def merged(
 
         shift' ≈ Σ w·(shift + delta)    delta' = Σ w·d    var' = Σ w·(var + d²) − delta'²
 
-    with `w = count / Σ count` and `d = (shift − shift') + delta`. Nothing cancels: `delta'` is what
-    rounding left of the mean. Variances may be summed `about` that of a large set: the rounding of
-    its weight, which is shared by all channels and adds up over many merges, then has no effect.
+    Here `w = count / Σ count` and `d = (shift − shift') + delta`. Nothing cancels: `delta'` is only
+    the rounding error of the mean. With `about`, the variance of a large set, variances are summed
+    as differences from it. The rounding error of that set's weight, which all channels share and
+    which adds up over many merges, then has no effect.
     """
     shift, delta, var, count = sets
     weight = count.reshape(count.shape + (1,) * (shift.ndim - count.ndim))
     total, joint_count = totals(weight * (shift + delta), count)
     divisor = jnp.where(joint_count > 0, joint_count, 1)
     joint = rounded(jax.lax.stop_gradient(total / divisor))
-    # An empty set has no say, not even as 0 · ∞.
+    # An empty set contributes nothing, not even 0 · ∞.
     distance = jnp.where(weight > 0, (shift - _of_rank(shift.ndim, joint)) + delta, 0)
     weight = weight / _of_rank(weight.ndim, divisor)
     var = var if about is None else var - _of_rank(var.ndim, about)
     joint_delta, mean_square = totals(weight * distance, weight * (var + jnp.square(distance)))
     joint_var = mean_square - jnp.square(joint_delta)
     joint_var = joint_var if about is None else about + joint_var
-    # Rounding may leave a variance of zero just below it; the derivative stays that of the formula.
+    # Rounding may leave the variance just below zero. The derivative is not clipped.
     joint_var = joint_var + jax.lax.stop_gradient(jnp.maximum(-joint_var, 0))
     return Shifted(joint, joint_delta, joint_var, joint_count)
 
 
 def _of_rank(ndim: int, array: jax.Array) -> jax.Array:
+    """`array` with leading axes of size 1, up to `ndim` dimensions."""
     return jnp.expand_dims(array, range(ndim - array.ndim))
 
 
 def added(*stacks: jax.Array) -> list[jax.Array]:
-    """The totals of sets that are stacked along the first axis of each array."""
+    """The totals over sets that are stacked along the first axis of each array."""
     return [stack.sum(0) for stack in stacks]
 
 
 def _merged_across(local: Shifted, masked: bool, devices: Devices) -> Shifted:
-    """The moments of all devices: gathered from a few at once, summed twice over many."""
+    """The moments of all devices: gathered from a few in one step, summed twice over many."""
     if not devices.names:
         return local
     if devices.size > GATHERED and devices.groups is None:
@@ -238,7 +240,7 @@ def _merged_across(local: Shifted, masked: bool, devices: Devices) -> Shifted:
 
 
 def total_by_sample(x: jax.Array, axis: int) -> jax.Array:
-    """`total`, each sample first: compilers add small arrays one by one, and errors add up."""
+    """`total`, with each sample first. Compilers add small arrays one by one, and errors add up."""
     positions = reduced_axes(x.ndim, axis)[1:]
     return total(rounded(x.sum(positions, keepdims=True)) if positions else x, axis)
 
@@ -250,7 +252,7 @@ def means(
     devices: Devices = ALONE,
     total: Total = total,
 ) -> tuple[jax.Array, ...]:
-    """The total of each array on all devices, over `count`; zero where the count is zero."""
+    """The total of each array on all devices, divided by `count`; zero if the count is zero."""
     sums = [total(x, axis) for x in arrays]
     if devices.names:
         sums = list(summed(jnp.stack(sums), devices))
@@ -267,11 +269,11 @@ def centered(x: jax.Array, mask: jax.Array | None, axis: int, shift: jax.Array) 
 
 
 def widened(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """`x` in a wider dtype, as it was rounded to bfloat16.
+    """`x` in a wider dtype, with its rounding to bfloat16 preserved.
 
-    XLA may drop a rounding to bfloat16 and back. In a scan it would do so in the forward pass, and
-    the backward pass reads what was rounded. The errors of float16 are an eighth, and its rounding
-    takes a CPU twice the time.
+    XLA may drop a rounding to bfloat16 and back. In a scan it would do so in the forward pass,
+    while the backward pass reads rounded values. For float16 the errors are an eighth as large, and
+    the rounding would take a CPU twice the time.
     """
     wide = x.astype(dtype)
     if x.dtype != jnp.bfloat16:
@@ -281,17 +283,17 @@ def widened(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:
-    """`x`, and zero where masked."""
+    """`x`, with zeros where masked."""
     return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
 def _count(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike) -> jax.Array:
-    """How many values each channel has; `[C]` under a mask, counted before it is broadcast."""
+    """Number of values of each channel; `[C]` with a mask, counted before it is broadcast."""
     if mask is None:
         return jnp.asarray(x.size // x.shape[axis], dtype)
     axes = reduced_axes(x.ndim, axis)
     repeats = _size(x, [i for i in axes if mask.shape[i] == 1 != x.shape[i]])
-    # An int32 holds the count of one sample, if not of all.
+    # An int32 holds the count of one sample, if not of all samples.
     first = axes[:1] if isinstance(mask.size, int) and mask.size > COUNTED else ()
     count = mask.sum([i for i in axes if i not in first], dtype=jnp.int32, keepdims=True)
     count = count.astype(dtype).sum(axes) * jnp.asarray(repeats, dtype)
@@ -301,10 +303,10 @@ def _count(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike) ->
 def _part(x: jax.Array, axis: int, part: int) -> jax.Array:
     """A `part`-th of each channel's values, or a few more; the first sample for `FIRST`.
 
-    The mean K of a fraction f obeys (E[x] − K)² ≤ Var[x]·(1 − f)/f, whatever the data. E[(x − K)²]
-    is then at most 1/f times the variance, which costs two bits for f = 1/4 and four for 1/16. A
-    batch that is split over devices stays in place: the part is the middle positions of every
-    sample, or samples at equal distances if samples have too few positions.
+    The mean K of a fraction f satisfies (E[x] − K)² ≤ Var[x]·(1 − f)/f for any data. E[(x − K)²] is
+    then at most 1/f times the variance. This costs two bits for f = 1/4, and four for f = 1/16. A
+    batch that is split over devices stays in place: the part consists of the middle positions of
+    every sample, or of samples at equal distances if samples have too few positions.
     """
     if part == 1 or x.ndim == 1 or x.size == 0:
         return x
@@ -320,10 +322,10 @@ def _part(x: jax.Array, axis: int, part: int) -> jax.Array:
 
 
 def _some_sixteenth(x: jax.Array, axis: int) -> int:
-    """16, or less where that makes the sum of a part fast on a GPU.
+    """16, or less if that makes the sum of a part fast on a GPU.
 
-    XLA:GPU adds up to 4096 values of a channel one after the other in one block of threads, and
-    spreads more than that over the whole chip (`ReductionDimensionRaceFreeBound`).
+    XLA:GPU adds up to 4096 values of a channel one after the other in one block of threads. It
+    spreads larger sums over the whole chip (`ReductionDimensionRaceFreeBound`).
     """
     if x.ndim == 1:
         return 16
@@ -333,10 +335,11 @@ def _some_sixteenth(x: jax.Array, axis: int) -> int:
 
 
 def _rows(x: jax.Array, axis: int) -> tuple[int, ...]:
-    """The last axes of positions that have at most `ROW` values together; none if one has more."""
+    """The last axes of positions with at most `ROW` values together; none if one axis has more."""
     axes = reduced_axes(x.ndim, axis)[1:]
     return next((axes[i:] for i in range(len(axes)) if _size(x, axes[i:]) <= ROW), ())
 
 
 def _size(x: jax.Array, axes: Sequence[int]) -> int:
+    """Number of values along the axes."""
     return math.prod(x.shape[i] for i in axes)

@@ -1,9 +1,9 @@
-"""Batch renormalization: a change of scale and bias by what the running statistics say.
+"""Batch renormalization: a correction of scale and bias toward the running statistics.
 
     r = clip(σ_batch / σ, 1/r_max, r_max)        d = clip((mean_batch − mean) / σ, −d_max, d_max)
-    x̂·r + d  takes the place of  x̂, so  scale·r  that of scale and  bias + scale·d  that of bias
+    x̂·r + d  replaces  x̂, so  scale·r  replaces scale and  bias + scale·d  replaces bias
 
-with `σ = √(var + epsilon)`. No gradient flows through r and d.
+Here `σ = √(var + epsilon)`. No gradient flows through r and d.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from jaxbn._core.moments import Shifted
 
 
 class Limits(NamedTuple):
-    """The running statistics of each channel, and how far a batch is corrected towards them."""
+    """The running statistics of each channel, and the limits of the correction toward them."""
 
     mean: jax.Array
     rstd: jax.Array
@@ -27,13 +27,13 @@ Correction = tuple[jax.Array, jax.Array]
 
 
 def correction(limits: Limits | None, moments: Shifted, rstd: jax.Array) -> Correction | None:
-    """r and d of a batch with these moments."""
+    """The factor r and the shift d for a batch with these moments."""
     if limits is None:
         return None
     distance = (moments.shift - limits.mean) + moments.delta
     r = jnp.clip(limits.rstd / rstd, 1 / limits.r_max, limits.r_max)
     d = jnp.clip(distance * limits.rstd, -limits.d_max, limits.d_max)
-    # Where there is no correction, running statistics that are NaN have no effect.
+    # Without a correction, running statistics that are NaN have no effect.
     r, d = jnp.where(limits.r_max == 1, 1, r), jnp.where(limits.d_max == 0, 0, d)
     return jax.lax.stop_gradient((r, d))
 

@@ -1,1 +1,1 @@
-"""What running statistics say of a model: a report of its layers, and causes of wrong inference."""
+"""Diagnosis by running statistics: a report of the layers, and causes of wrong inference."""

@@ -1,4 +1,4 @@
-"""Which fault turns the moments of the batches into the running statistics that are there."""
+"""Faults that turn the moments of the batches into the running statistics of a model."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -8,38 +8,38 @@ import numpy as np
 from jaxbn._diagnosis.layers import TINY, Known, Layer
 from jaxbn._diagnosis.misfits import level, misfits, noise
 
-# A fault explains a layer if it leaves a quarter of the distance, or what chance or moving weights
-# give, but in no case more than half of it.
+# A fault explains a layer if it leaves at most a quarter of the distance, or as much as chance or
+# moving weights explain, but never more than half of it.
 LEFT, LEFT_BY_DRIFT, LEFT_BY_CHANCE = 0.25, 0.2, 1.5
-# The same fault in all layers is surer: it shows where it leaves less than this part.
+# The same fault in all layers is more certain. It may leave this part of the distance.
 LEFT_IN_ALL = 0.5
-# The weights that the first of few steps saw were others: more is left.
+# The first of few steps saw other weights, so more is left.
 LEFT_BY_STEPS, LEFT_BY_STEPS_AT_MOST = 0.5, 0.5
-# A fault with a free number must be nearer than one without by this much.
+# A fault with a free number must be nearer by this much than one without.
 FREE = 0.03
 WITH_A_NUMBER = ("too_few_steps", "variance_ratio", "input_scale", "input_shift", "channel_order")
-# With fewer channels anything can be fitted by a fault with a free number.
+# With fewer channels, a fault with a free number fits anything.
 FEWEST_CHANNELS = 4
-# Parts of a mixture that are told from none at all.
+# Parts of a mixture that can be distinguished from no mixture.
 PARTS = np.linspace(0.3, 0.97, 68)
-# A ratio of variances is one number for all channels if its logarithm scatters less than this.
+# A ratio of variances is the same for all channels if its logarithm scatters less than this.
 SCATTER = 0.2
-# Ratios of variances that no healthy training makes.
+# Ratios of variances above this, or below its inverse, do not occur in healthy training.
 LARGE = 4.0
-# Of channels in an order, nearly all have another nearest one; of unlike ones, two in three.
+# If channels are reordered, nearly all have different nearest channels; otherwise two in three.
 DIFFERENT = 0.8
-# A multiple of the variance that a count or a scale of pixels makes.
+# Range of the multiples of the variance that a count or a scale of pixels can cause.
 RATIOS = (1e-7, 1e7)
-# Padding shows in means and variances that are this far off, if it leaves so little of the latter.
+# Padding must move means and variances by PADDED, and explain all but LEFT of the variances.
 PADDED, LEFT_BY_PADDING, LEFT_BY_PADDING_AT_MOST = 0.25, 0.55, 0.25
-# A damaged channel is this far off, in standard deviations, where the other channels are right.
+# A damaged channel is this far off, in standard deviations, and the other channels are right.
 DAMAGED = 1.5
-# At most this part of the channels: of more, all are wrong.
+# At most this part of the channels is damaged. With more, all are wrong.
 MINORITY = 0.34
 
 
 class Cause(NamedTuple):
-    """A fault, what it would make of the moments, and its numbers."""
+    """A fault, the statistics that it predicts, and its numbers."""
 
     kind: str
     prediction: Known
@@ -47,7 +47,7 @@ class Cause(NamedTuple):
 
 
 def cause_of(layer: Layer, others: Sequence[Layer], first: bool) -> Cause | None:
-    """The fault that explains best why the running statistics are not those of the batches."""
+    """The fault that best explains why the running statistics differ from those of the batches."""
     assert layer.training is not None
     apart = level(layer.running, layer.training, layer.settings.epsilon)
     candidates = [*_candidates(layer, layer.training, others, first)]
@@ -61,13 +61,13 @@ def cause_of(layer: Layer, others: Sequence[Layer], first: bool) -> Cause | None
 
 
 def explains(cause: Cause, layer: Layer, apart: float) -> bool:
-    """Whether little of the distance is left."""
+    """Whether the fault leaves little of the distance unexplained."""
     chance = LEFT_BY_CHANCE * noise(layer)
     return _left(cause, layer) < min(apart / 2, max(LEFT * apart, LEFT_BY_DRIFT, chance))
 
 
 def _left(cause: Cause, layer: Layer) -> float:
-    """What a fault leaves of the distance, in deviations of the batches."""
+    """The distance that a fault leaves, in standard deviations of the batches."""
     return level(layer.running, cause.prediction, layer.settings.epsilon, _batch(layer).var)
 
 
@@ -89,9 +89,9 @@ def _candidates(
 
 
 def in_all(layers: Sequence[Layer], limit: float) -> list[tuple[Layer, Cause]]:
-    """The layers with the one fault that explains all of them, if there is such a one.
+    """The layers with the one fault that explains all of them, if there is one.
 
-    Only in layers that the fault brings nearer, which must be most: others do not tell of it.
+    Only layers that the fault brings nearer are returned. They must be the majority.
     """
     apart = _distance(layers, [_batch(layer) for layer in layers])
     options = [
@@ -126,7 +126,7 @@ def _nearer(layer: Layer, cause: Cause) -> bool:
 
 
 def _distance(layers: Sequence[Layer], known: Sequence[Known]) -> float:
-    """The root of the mean square over the layers, in deviations of the batches."""
+    """The root mean square over the layers, in standard deviations of the batches."""
     levels = [
         level(layer.running, k, layer.settings.epsilon, _batch(layer).var)
         for layer, k in zip(layers, known, strict=True)
@@ -135,7 +135,7 @@ def _distance(layers: Sequence[Layer], known: Sequence[Known]) -> float:
 
 
 def _quantities_of_all(layers: Sequence[Layer]) -> dict[str, list[Known]]:
-    """What each conversion makes of all layers, where it is one for all."""
+    """The prediction of each faulty conversion for all layers, if it applies to all."""
     each = [_other_quantities(layer, _batch(layer)) for layer in layers]
     return {
         words: [known[words] for known in each]
@@ -145,7 +145,7 @@ def _quantities_of_all(layers: Sequence[Layer]) -> dict[str, list[Known]]:
 
 
 def _multiple_in_all(layers: Sequence[Layer]) -> list[Cause] | None:
-    """The same multiple of all variances: of one layer, the scale of its input would do it."""
+    """The same multiple of all variances; in a single layer, the input scale would explain it."""
     logs = [np.log((v.running.var + TINY) / (_batch(v).var + TINY)) for v in layers]
     ratio = float(np.exp(np.median(np.concatenate(logs))))
     if len(layers) < 2 or not RATIOS[0] < ratio < RATIOS[1]:
@@ -158,7 +158,7 @@ def _multiple_in_all(layers: Sequence[Layer]) -> list[Cause] | None:
 
 
 def _other_quantities(layer: Layer, batch: Known) -> dict[str, Known]:
-    """What a conversion may have put in the place of the mean and the variance."""
+    """What a faulty conversion may have stored instead of the mean and the variance."""
     mean, var, count = batch
     root = np.sqrt(var + layer.settings.epsilon)
     zeros, ones = np.zeros_like(mean), np.ones_like(var)
@@ -178,25 +178,26 @@ def _other_quantities(layer: Layer, batch: Known) -> dict[str, Known]:
     }
     if layer.scale is not None and layer.bias is not None:
         quantities["`bias` and `scale` instead of mean and variance"] = (layer.bias, layer.scale)
-    # What is negative is no variance, and is found as such.
+    # A negative variance is a finding of its own.
     known = {words: Known(m, v, None) for words, (m, v) in quantities.items() if (v >= 0).all()}
     scatter = _scatter(layer.running, batch)
     return {words: k for words, k in known.items() if _scatter(layer.running, k) <= scatter + FREE}
 
 
 def _scatter(running: Known, known: Known) -> float:
-    """How much the ratio of variances differs between channels, which a conversion brings down."""
+    """How much the ratio of variances differs between channels. The right conversion reduces it."""
     return float(np.std(np.log((running.var + TINY) / (known.var + TINY))))
 
 
 def _other_layers(layer: Layer, others: Sequence[Layer]) -> Iterator[Cause]:
+    """The statistics of another layer with as many channels."""
     for other in others:
         if other.training is not None and len(other.running.mean) == len(layer.running.mean):
             yield Cause("other_layer", other.training, {"layer": other.path})
 
 
 def _reordered(running: Known, batch: Known, epsilon: float) -> Iterator[Cause]:
-    """Each channel has the statistics of another one: the nearest, a different one for each."""
+    """Each channel has the statistics of another: the nearest, and a different one for each."""
     order = nearest(running, batch, epsilon)
     if len(set(order)) >= DIFFERENT * len(order):
         moved = float(np.sum(order != np.arange(len(order))))
@@ -208,7 +209,7 @@ def _reordered(running: Known, batch: Known, epsilon: float) -> Iterator[Cause]:
 def nearest(
     running: Known, batch: Known, epsilon: float
 ) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
-    """For each channel of `running` the most similar one of `batch`."""
+    """For each channel of `running`, the most similar channel of `batch`."""
     return np.array(
         [
             np.argmin(misfits(Known(mean, var, None), batch, epsilon))
@@ -218,7 +219,7 @@ def nearest(
 
 
 def too_few_steps(layers: Sequence[Layer]) -> list[Cause]:
-    """The same part of the way from mean 0 and variance 1 to the batches: that of the best fit."""
+    """The part of the way from mean 0 and variance 1 to the batches that fits best, one for all."""
     ways, gone = [], []
     for layer in layers:
         mean, var, _ = _batch(layer)
@@ -235,7 +236,7 @@ def too_few_steps(layers: Sequence[Layer]) -> list[Cause]:
 
 
 def rescaled(running: Known, batch: Known, epsilon: float) -> Iterator[Cause]:
-    """All variances have the same ratio to those of the batch; the means stay, follow, or both."""
+    """All variances have one ratio to those of the batch. The means stay, follow, or both."""
     ratio = _common_ratio(running, batch, epsilon)
     if ratio is None or 1 / (1 + SCATTER) < ratio < 1 + SCATTER:
         return
@@ -243,20 +244,20 @@ def rescaled(running: Known, batch: Known, epsilon: float) -> Iterator[Cause]:
     if 1 / LARGE < ratio < LARGE:
         yield Cause("variance_ratio", Known(batch.mean, batch.var / ratio, None), numbers)
     means = [batch.mean / np.sqrt(ratio)]
-    if ratio > LARGE:  # a bias behind the input is not scaled
+    if ratio > LARGE:  # a bias after the input is not scaled
         means.append(running.mean)
     yield from (Cause("input_scale", Known(m, batch.var / ratio, None), numbers) for m in means)
 
 
 def _shifted(running: Known, batch: Known, epsilon: float) -> Iterator[Cause]:
-    """The variances are those of the batch, and the means are not."""
+    """The variances equal those of the batch, and the means differ."""
     ratio = _common_ratio(running, batch, epsilon)
     if ratio is not None and 1 / (1 + SCATTER) < ratio < 1 + SCATTER:
         yield Cause("input_shift", Known(running.mean, batch.var / ratio, None), {})
 
 
 def _common_ratio(running: Known, batch: Known, epsilon: float) -> float | None:
-    """The variances of the batch by the running ones, if that is one number for all channels."""
+    """The ratio of the batch variances to the running ones, if all channels share one ratio."""
     logs = np.log((batch.var + TINY) / (running.var + TINY))[batch.var > epsilon]
     if len(logs) < FEWEST_CHANNELS or logs.std() > SCATTER:
         return None
@@ -265,7 +266,7 @@ def _common_ratio(running: Known, batch: Known, epsilon: float) -> float | None:
 
 
 def of_data(training: Known, evaluation: Known, epsilon: float) -> Iterator[Cause]:
-    """What was done to the evaluation data and not to the training data."""
+    """Changes of the evaluation data that the training data do not have."""
     if len(training.mean) >= FEWEST_CHANNELS:
         yield from rescaled(training, evaluation, epsilon)
         yield from _shrunk(training, evaluation, epsilon)
@@ -274,7 +275,7 @@ def of_data(training: Known, evaluation: Known, epsilon: float) -> Iterator[Caus
 
 
 def _shrunk(training: Known, evaluation: Known, epsilon: float) -> Iterator[Cause]:
-    """The evaluation data are far smaller: between statistics an extreme batch does the same."""
+    """The evaluation data are far smaller. Running statistics look so after an extreme batch."""
     ratio = _common_ratio(training, evaluation, epsilon)
     if ratio is not None and ratio < 1 / LARGE:
         prediction = Known(training.mean, evaluation.var / ratio, None)
@@ -282,7 +283,7 @@ def _shrunk(training: Known, evaluation: Known, epsilon: float) -> Iterator[Caus
 
 
 def mask_between(running: Known, batch: Known, epsilon: float) -> Cause | None:
-    """Padding in the running statistics, or in the batch, where the other has none."""
+    """Padding in either the running statistics or the batch, but not in both."""
     if len(running.mean) < FEWEST_CHANNELS:
         return None
     return _padded("mask", running, batch, epsilon) or _padded(
@@ -291,11 +292,11 @@ def mask_between(running: Known, batch: Known, epsilon: float) -> Cause | None:
 
 
 def _padded(kind: str, mixed: Known, alone: Known, epsilon: float) -> Cause | None:
-    """Statistics of samples and padding together, and of samples alone.
+    """Statistics of samples and padding together, against those of the samples alone.
 
-    A part p of the values are samples, the rest one number c for each channel:
-    `mean = p·m + (1 − p)·c` and `var = p·v + p·(1 − p)·(m − c)²`. Without c it is
-    `var = p·v + p/(1 − p)·(mean − m)²`, which one p must fulfil in all channels.
+    A part p of the values are samples. The rest is one number c for each channel:
+    `mean = p·m + (1 − p)·c` and `var = p·v + p·(1 − p)·(m − c)²`. Eliminating c gives
+    `var = p·v + p/(1 − p)·(mean − m)²`, which one p must satisfy in all channels.
     """
     apart = np.square(mixed.mean - alone.mean)
     variances = PARTS[:, None] * alone.var + (PARTS / (1 - PARTS))[:, None] * apart
@@ -311,7 +312,7 @@ def _padded(kind: str, mixed: Known, alone: Known, epsilon: float) -> Cause | No
 
 
 def of_some_channels(layer: Layer) -> Cause | None:
-    """A few channels that are off, where the others are right."""
+    """A few channels are wrong, and all others are right."""
     batch = _batch(layer)
     distances = misfits(layer.running, batch, layer.settings.epsilon)
     off = distances > max(DAMAGED, 6 * noise(layer))
@@ -326,7 +327,7 @@ def of_some_channels(layer: Layer) -> Cause | None:
 
 
 def of_variances(layer: Layer) -> Cause | None:
-    """Variances that are far too large or far too small in most channels."""
+    """The variances are far too large or far too small in most channels."""
     batch = _batch(layer)
     epsilon = layer.settings.epsilon
     ratio = (layer.running.var + epsilon) / (batch.var + epsilon)

@@ -1,4 +1,4 @@
-"""Why a model is worse in inference mode than in training mode."""
+"""Explains why a model is worse in inference mode than in training mode."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,40 +20,47 @@ from jaxbn._diagnosis.misfits import LIMIT, level, noise
 from jaxbn._diagnosis.report import is_initial
 from jaxbn._diagnosis.texts import TEXTS
 
-NAMED = 4  # layers that a finding names
-FEW_SAMPLES = 4  # fewer give means that are off by half a standard deviation and more
-# A new batch has more weight than all before it together.
+NAMED = 4  # number of layers that a finding names
+FEW_SAMPLES = 4  # with fewer, means are off by half a standard deviation or more
+# From this weight on, a new batch counts more than all batches before it.
 WRONG_WAY_ROUND = 0.5
-# The running statistics are those of one batch, if they are so much nearer to it than to others.
+# The running statistics are those of one batch if their distance to it is this part of others.
 NEARER = 0.4
-# In fewer channels one of several batches is that near by chance.
+# With fewer channels, one of several batches is that near by chance.
 TELLING_CHANNELS = 6
-# Variance between batches: chance gives one part in `samples`, and more where few batches tell.
+# Variance between batches: chance explains one part in `samples`, and more with few batches.
 BETWEEN, DEVIATIONS = 0.03, 3.0
-# Where the scores of both modes differ, smaller distances tell too.
+# Factor of the limit if the scores of the modes differ: smaller distances then count, too.
 SUSPECTED = 0.5
-# Small errors grow from layer to layer, in healthy networks at large learning rates to this many
-# times the limit of one layer.
+# Small errors grow from layer to layer. In healthy networks at large learning rates, they reach
+# this multiple of the limit of one layer.
 GROWN = 2.0
-# A wrong epsilon in the layer before looks like one of these.
+# Kinds that a wrong epsilon in the layer before imitates.
 BY_EPSILON_TOO = ("input_scale", "variance_ratio", "extreme_batch", "small_variance", "other_model")
-# Trained networks have fewer channels than this part in which epsilon is what is divided by.
+# Part of the divisor that is epsilon. Trained networks stay below.
 BY_EPSILON, BY_EPSILON_ALONE = 0.02, 0.1
-# Dropout of one part in four leaves less of the variance; healthy networks measure 0.98 and more.
+# Dropout with rate 1/4 leaves less of the variance. Healthy networks measure 0.98 or more.
 LOST = 0.8
-# Test data of the same domain are nearer than this, also where the network is overfitted.
+# Test data of the same domain are nearer than this, even if the network is overfitted.
 OTHER_DATA = 0.5
 
 
 class Finding(NamedTuple):
-    """One cause of a gap.
+    """One cause of a gap between the modes.
 
     Attributes:
-      kind: a short name of the cause, such as "momentum".
-      layers: the paths of the layers that show it.
-      numbers: what was measured, by name.
+      kind: short name of the cause, such as "momentum".
+      layers: paths of the layers that show it.
+      numbers: measured values, by name.
       problem: what is wrong.
       remedy: what to do.
+
+    Examples:
+      >>> import jax, jaxbn
+      >>> batches = [jaxbn.batch_moments(3 + jax.random.normal(jax.random.key(0), (64, 4)))]
+      >>> (finding,) = jaxbn.explain_gap(jaxbn.init_batch_stats(4), batches)
+      >>> finding.problem
+      'The running statistics are those before the first batch: mean 0 and variance 1.'
     """
 
     kind: str
@@ -63,7 +70,7 @@ class Finding(NamedTuple):
     remedy: str
 
     def __str__(self) -> str:
-        """The sentences, and the layers."""
+        """The problem, the remedy and the layers, in words."""
         named = [path or "the layer" for path in self.layers[:NAMED]]
         more = len(self.layers) - len(named)
         where = ", ".join(named) + (f" and {more} more" if more else "")
@@ -71,7 +78,16 @@ class Finding(NamedTuple):
 
 
 class Explanation(tuple[Finding, ...]):
-    """The findings, none where nothing is wrong; `str` tells them in words."""
+    """The findings of `explain_gap`: a tuple, empty if nothing is wrong. `str` prints them.
+
+    Attributes:
+      scores: accuracy or loss in training mode and in inference mode, or None.
+
+    Examples:
+      >>> import jaxbn
+      >>> print(jaxbn.Explanation())
+      nothing found: the running statistics are those of the batches
+    """
 
     scores: tuple[float, float] | None = None
 
@@ -105,28 +121,30 @@ def explain_gap(
     settings: Settings | Mapping[str, Settings] | None = None,
     scores: tuple[float, float] | None = None,
 ) -> Explanation:
-    """Says why a model differs between training mode and inference mode, and what to do.
+    """Explains why a model differs between training mode and inference mode, and what to do.
 
-    The running statistics of each layer are compared with the moments of training batches, and with
-    what known faults would make of these. `jaxbn.linen.explain_gap` and `jaxbn.nnx.explain_gap`
-    collect all that this function takes.
+    Compares the running statistics of each layer with the moments of training batches, and with
+    what known faults would make of these moments. `jaxbn.linen.explain_gap` and
+    `jaxbn.nnx.explain_gap` collect all arguments from a model.
 
     Args:
       variables: as for `report`.
-      batches: moments of training batches in training mode, one tree for each: as for `report`.
-        Some faults show only between batches: give five or more, in the order of training.
-      inference: moments of the same batches in inference mode, if they are known.
-      evaluation: moments of evaluation batches in inference mode, if they are known.
-      settings: `Settings` of all layers, or by path in the order of the network.
-      scores: accuracy or loss in training mode and in inference mode, to be told.
+      batches: moments of training batches in training mode, one tree for each batch, as for
+        `report`. Some faults show only between batches, so give five or more, in the order of
+        training.
+      inference: moments of the same batches in inference mode, if known.
+      evaluation: moments of evaluation batches in inference mode, if known.
+      settings: `Settings` of all layers, or of each layer by path, in the order of the network.
+      scores: accuracy or loss in training mode and in inference mode. They appear in the text, and
+        a difference between them makes the search more sensitive.
 
     Returns:
-      An `Explanation`, a tuple of `Finding`: empty where nothing is wrong. `str` tells it in words.
+      An `Explanation`, a tuple of `Finding`, empty if nothing is wrong. `str` gives it in words.
 
     Raises:
-      ValueError: as for `report`.
+      ValueError: see `report`.
 
-    Example:
+    Examples:
       >>> import jax, jaxbn
       >>> x = 3 + 2 * jax.random.normal(jax.random.key(0), (8, 64, 4))
       >>> batches = [jaxbn.batch_moments(batch) for batch in x]
@@ -158,7 +176,7 @@ def explain_gap(
 
 
 def explained(layers: Sequence[Layer], limit: float) -> Iterator[Finding]:
-    """The findings, those first that cause others."""
+    """The findings. Causes come before their effects."""
     found = [(layer, cause) for layer in layers for cause in _plain(layer)]
     blamed = {layer.path for layer, cause in found if cause.kind != "half_precision"}
     sound = [v for v in layers if v.path not in blamed and v.training is not None]
@@ -175,12 +193,12 @@ Found = tuple[Layer, Cause]
 
 
 def _differ(scores: tuple[float, float] | None, part: float) -> bool:
-    """Whether accuracy or loss differs between the modes by more than a part of it."""
+    """Whether accuracy or loss differs between the modes by more than this part of it."""
     return scores is not None and abs(scores[0] - scores[1]) > part * max(map(abs, scores))
 
 
 def _behind(layers: Sequence[Layer]) -> Iterator[Found]:
-    """Statistics that are off by little, but by more than chance explains."""
+    """Layers whose statistics are slightly off, but by more than chance explains."""
     for layer in layers:
         if layer.training is not None:
             apart = level(layer.running, layer.training, layer.settings.epsilon)
@@ -193,7 +211,7 @@ def _cause(kind: str, layer: Layer, **numbers: float | str) -> Cause:
 
 
 def _grouped(found: Iterable[Found]) -> Iterator[Finding]:
-    """One finding for each kind and, where they are words, its details; numbers of the first."""
+    """One finding for each kind and its details in words, with the numbers of the first layer."""
     groups: dict[tuple[str, ...], list[Found]] = {}
     for layer, cause in found:
         words = [v for v in cause.numbers.values() if isinstance(v, str)]
@@ -205,7 +223,7 @@ def _grouped(found: Iterable[Found]) -> Iterator[Finding]:
 
 
 def _plain(layer: Layer) -> Iterator[Cause]:
-    """What is wrong whatever the batches are, and whatever else is wrong."""
+    """Faults that show whatever the batches are, and whatever else is wrong."""
     running, settings = layer.running, layer.settings
     in_training, in_inference = settings.by_batch
     if in_inference:
@@ -231,7 +249,7 @@ def _plain(layer: Layer) -> Iterator[Cause]:
 
 
 def _of_batches(layers: Sequence[Layer]) -> Iterator[Found]:
-    """Batches that no statistics fit, and statistics that are those of one batch."""
+    """Batches that no statistics fit, and statistics of a single batch."""
     small = [v for v in layers if v.samples < FEW_SAMPLES]
     unlike = [v for v in layers if _between(v)[0] > _between(v)[1]]
     newest = [v for v in layers if (v.settings.momentum or 0) >= WRONG_WAY_ROUND]
@@ -266,8 +284,8 @@ def _between(layer: Layer) -> tuple[float, float]:
 
 
 def _of_one_batch(layers: Sequence[Layer]) -> Iterator[Found]:
-    """Running statistics that are those of one batch of several, the same in most layers."""
-    nearest = {}  # the batch, and its weight
+    """Running statistics of one batch of several, the same batch in most layers."""
+    nearest = {}  # the batch and its weight, by path
     for layer in layers:
         apart = [level(layer.running, b, layer.settings.epsilon) for b in layer.batches]
         enough = len(apart) > 2 and len(layer.running.mean) >= TELLING_CHANNELS
@@ -282,7 +300,7 @@ def _of_one_batch(layers: Sequence[Layer]) -> Iterator[Found]:
 
 
 def newest_weight(layer: Layer, place: int) -> float:
-    """The weight of one batch beside the average of all, by least squares over the channels."""
+    """The weight of one batch against the average of all, by least squares over the channels."""
     one, all_ = layer.batches[place], layer.training
     assert all_ is not None
     way, gone = one.mean - all_.mean, layer.running.mean - all_.mean
@@ -292,7 +310,10 @@ def newest_weight(layer: Layer, place: int) -> float:
 def _of_statistics(
     layers: Sequence[Layer], all_layers: Sequence[Layer], limit: float, blamed: bool
 ) -> Iterator[Found]:
-    """Layers whose running statistics are not those of the batches; unexplained ones only alone."""
+    """Layers whose running statistics differ from those of the batches.
+
+    Unexplained layers are reported only if there is no other finding.
+    """
     if not layers:
         return
     if left := [v for v in layers if not v.settings.updates and not fits(v, limit)]:
@@ -309,7 +330,7 @@ def _of_statistics(
         before = layers[i - 1] if i else layer
         cause = causes[i]
         if cause and cause.kind in BY_EPSILON_TOO and _near_epsilon(before, causes[i - 1]):
-            yield before, _epsilon(before, f" The layer behind, {layer.path}, does not fit.")
+            yield before, _epsilon(before, f" The next layer, {layer.path}, does not fit.")
             return
     known = [(v, cause) for v, cause in zip(layers, causes, strict=True) if cause]
     certain = [(v, cause) for v, cause in known if cause.kind != "other_model"]
@@ -319,7 +340,7 @@ def _of_statistics(
 
 
 def _masks(layers: Sequence[Layer]) -> Iterator[Found]:
-    """Layers with padding, but not where the epsilon of the layer before explains as much."""
+    """Layers with padding, unless the epsilon of the layer before explains as much."""
     for before, v in zip([None, *layers], layers, strict=False):
         by_layer_before = before is not None and by_epsilon(before) > BY_EPSILON
         if v.training is None or by_layer_before:
@@ -342,7 +363,7 @@ def fits(layer: Layer, limit: float) -> bool:
 
 
 def _explained(layer: Layer, all_layers: Sequence[Layer]) -> Cause:
-    """The cause of a layer that does not fit, that of other weights if there is no better one."""
+    """The cause for a layer that does not fit; by default, statistics of other weights."""
     others = [v for v in all_layers if v is not layer]
     cause = of_some_channels(layer) or cause_of(layer, others, layer is all_layers[0])
     return _with_steps(cause or of_variances(layer) or _other_model(layer), layer)
@@ -361,7 +382,7 @@ def _with_steps(cause: Cause, layer: Layer) -> Cause:
 
 
 def _steps(layer: Layer) -> str:
-    """How many steps there were, and how many a momentum takes, if these are known."""
+    """The number of steps done, and the number that the momentum needs, if these are known."""
     weight, count = layer.settings.momentum, layer.running.count
     if not weight or weight >= 1:
         return ""
@@ -373,7 +394,7 @@ def _steps(layer: Layer) -> str:
 
 
 def by_epsilon(layer: Layer) -> float:
-    """Which part of what the layer divides by is epsilon, in channels that are not constant."""
+    """The part of the divisor of a layer that is epsilon, in channels that are not constant."""
     var, epsilon = layer.running.var, layer.settings.epsilon
     moving = var > epsilon / 100
     return float(np.mean(epsilon / (var[moving] + epsilon))) if moving.any() else 0.0
@@ -385,10 +406,10 @@ def _epsilon(layer: Layer, behind: str) -> Cause:
 
 
 def _of_modes(layers: Sequence[Layer], limit: float) -> Iterator[Found]:
-    """Inputs that are others in inference mode, though each layer's statistics fit.
+    """Inputs that differ in inference mode, though the statistics of each layer fit.
 
-    Small errors of the layers before multiply, and are taken out: what is left is no matter of
-    statistics. Without it, the errors themselves may have grown large.
+    Small errors of the layers before multiply, and are divided out. The rest does not come from
+    statistics. Without such a rest, the errors themselves may have grown large.
     """
     carried = 1.0
     for layer in layers:
@@ -410,7 +431,7 @@ def _ratio(one: Known, other: Known, epsilon: float) -> float:
 
 
 def _of_evaluation(layers: Sequence[Layer]) -> Iterator[Found]:
-    """The first layer in which evaluation data are others than training data; the rest follow."""
+    """The first layer in which evaluation data differ from training data. Later ones follow it."""
     for layer in layers:
         training = layer.inference or layer.training
         if layer.evaluation is None or training is None:

@@ -1,4 +1,4 @@
-"""The layers of a model as a diagnosis sees them: statistics, moments of batches, settings."""
+"""The layers of a model for a diagnosis: statistics, moments of batches, settings."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,16 +19,24 @@ TINY = float(np.finfo(np.float32).tiny)
 
 
 class Settings(NamedTuple):
-    """What is known of a layer beside its arrays.
+    """Settings of a layer that a diagnosis uses.
 
     Attributes:
-      epsilon: what is added to the variance.
-      momentum: weight of the **new** batch in the running statistics, a number; None if unknown.
-      samples: samples in a batch, fewer than values where a sample has positions; None if unknown.
-      frozen: whether the layer normalizes by its statistics and leaves them, in training too.
-      updates: whether a batch goes into its statistics.
-      by_batch: whether the batch normalizes itself, in training mode and in inference mode; None
-        where that is unknown.
+      epsilon: added to the variance inside the square root.
+      momentum: weight of the **new** batch in the running statistics, in
+        `new = (1 − momentum)·old + momentum·batch`; None if unknown.
+      samples: number of samples in a batch, which is less than the number of values per channel if
+        samples have several positions; None if unknown.
+      frozen: whether the layer normalizes by its running statistics and never updates them, in
+        either mode.
+      updates: whether a batch updates the running statistics.
+      by_batch: whether the layer normalizes by the batch, in training mode and in inference mode;
+        None if unknown.
+
+    Examples:
+      >>> import jaxbn
+      >>> jaxbn.Settings(epsilon=1e-3).momentum is None
+      True
     """
 
     epsilon: float = 1e-5
@@ -40,9 +48,9 @@ class Settings(NamedTuple):
 
 
 class Known(NamedTuple):
-    """Mean and variance of each channel in float64, and how many values of a channel they are of.
+    """Mean and variance of each channel in float64, and the number of values per channel.
 
-    The number is that of batches in running statistics, and None where it is not kept.
+    For running statistics, `count` is the number of batches, or None if it is not kept.
     """
 
     mean: Array
@@ -51,7 +59,7 @@ class Known(NamedTuple):
 
     @property
     def finite(self) -> NDArray[np.bool_]:
-        """Where mean and variance are numbers that a variance can be."""
+        """Where the mean is finite, and the variance is finite and not negative."""
         return np.isfinite(self.mean) & np.isfinite(self.var) & (self.var >= 0)
 
 
@@ -60,16 +68,16 @@ class Layer(NamedTuple):
 
     Attributes:
       path: its place in the model, with "/" between the names.
-      running: the running statistics.
-      narrow: the dtype of the running statistics where that is narrower than float32.
-      batches: the moments of each training batch, normalized by its own statistics.
-      training: those of all of them.
-      in_inference: the moments of each of the same batches in inference mode.
-      inference: those of all of them; None where these are not known.
-      evaluation: those of the evaluation batches in inference mode; None where not known.
-      scale: the parameter of that name, if there is one.
-      bias: the same.
-      settings: what else is known.
+      running: running statistics.
+      narrow: dtype of the running statistics if it is narrower than float32, else None.
+      batches: moments of each training batch in training mode.
+      training: their merged moments.
+      in_inference: moments of each of the same batches in inference mode.
+      inference: their merged moments; None if unknown.
+      evaluation: merged moments of the evaluation batches in inference mode; None if unknown.
+      scale: the parameter γ, if there is one.
+      bias: the parameter β, if there is one.
+      settings: the settings of the layer.
     """
 
     path: str
@@ -86,7 +94,7 @@ class Layer(NamedTuple):
 
     @property
     def samples(self) -> float:
-        """Samples in a batch: at most as many as there are values in a channel."""
+        """Number of samples in a batch, at most the number of values in a channel."""
         count = min((b.count or 0.0 for b in self.batches), default=0.0)
         return min(count, self.settings.samples or count)
 
@@ -98,7 +106,7 @@ def gathered(
     evaluation: Any = (),
     settings: Settings | Mapping[str, Settings] | None = None,
 ) -> list[Layer]:
-    """The layers in the order of `settings`, if these are by path; else by path."""
+    """The layers in the order of `settings`, if these are given by path; else sorted by path."""
     whole = isinstance(variables, Mapping) and "batch_stats" in variables
     stats = _layers(variables["batch_stats"] if whole else variables, "`variables`")
     parameters = _parameters(variables.get("params", {}) if whole else {})
@@ -131,7 +139,7 @@ def _layers(tree: Any, name: str) -> dict[str, dict[str, Any]]:
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_layer):
         if _is_layer(node):
             arrays = node._asdict() if isinstance(node, (BatchStats, Moments)) else node
-            values = {key: jax.tree.leaves(arrays[key])[0] for key in arrays}  # NNX wraps them
+            values = {key: jax.tree.leaves(arrays[key])[0] for key in arrays}  # unwraps NNX
             found["/".join(names_on(path))] = values
     if not found:
         raise ValueError(
@@ -156,7 +164,7 @@ def _parameters(params: Any) -> dict[tuple[str, str], Any]:
 def _by_layer(
     stats: Mapping[str, Mapping[str, Any]], trees: Any
 ) -> dict[str, list[dict[str, Any]]]:
-    """The moments of each layer, of one batch or of several."""
+    """The moments of each layer, for one batch or several."""
     several = isinstance(trees, Sequence) and not isinstance(trees, Moments)
     found = [_layers(tree, "`batches`") for tree in (trees if several else [trees])]
     for moments in found:
@@ -194,7 +202,7 @@ def _narrow(arrays: Mapping[str, Any]) -> str | None:
 
 
 def _merged(several: Sequence[Mapping[str, Any]]) -> Known | None:
-    """The moments of all batches together; None where the layer saw nothing."""
+    """The merged moments of all batches; None if the layer saw no values."""
     vectors = []
     for arrays in several:
         dtype = statistics_dtype(np.asarray(arrays["mean"]).dtype)

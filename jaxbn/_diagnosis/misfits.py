@@ -1,24 +1,24 @@
-"""How far two sets of moments are apart, and how far they may be by chance."""
+"""The distance between two sets of moments, and the distance that chance explains."""
 
 import numpy as np
 
 from jaxbn._diagnosis.layers import TINY, Array, Known, Layer
 
-# A layer is off from this distance on, in standard deviations, beside what chance explains:
-# healthy networks whose weights still move measure up to 0.2.
+# A layer is wrong above this distance, in standard deviations, plus the distance that chance
+# explains. Healthy networks with moving weights measure up to 0.2.
 LIMIT = 0.35
-# Distances of a channel count at most so much, lest one channel decides for all.
+# The distance of a channel counts at most this much, so that no single channel decides.
 CLIPPED = 3.0
-# What a running average by the common momentum of 0.1 has left of the noise of one batch:
-# momentum/(2 − momentum) of its variance.
+# Part of the variance of one batch's noise that remains in a running average with the common
+# momentum of 0.1: momentum/(2 − momentum).
 AVERAGED = 0.05
 
 
 def misfits(claimed: Known, actual: Known, epsilon: float, unit: Array | None = None) -> Array:
-    """The distance of each channel: of the means in standard deviations, and of log deviations.
+    """The distance of each channel, from means (in standard deviations) and log deviations.
 
-    The deviation is the smaller one, or that of the variance `unit`. A channel that is constant has
-    none: there the mean alone counts.
+    The unit is the smaller standard deviation, or that of the variance `unit`. A constant channel
+    has none, so only its mean counts.
     """
     smaller = np.minimum(claimed.var, actual.var) if unit is None else unit
     deviation = smaller + epsilon + TINY
@@ -31,7 +31,7 @@ def misfits(claimed: Known, actual: Known, epsilon: float, unit: Array | None = 
 
 
 def level(claimed: Known, actual: Known, epsilon: float, unit: Array | None = None) -> float:
-    """The distance of a whole layer: the root of the mean square over channels, each clipped."""
+    """The distance of a whole layer: the root mean square over channels, each clipped."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         distances = misfits(claimed, actual, epsilon, unit)
     distances = np.where(np.isfinite(distances), distances, CLIPPED)
@@ -39,10 +39,10 @@ def level(claimed: Known, actual: Known, epsilon: float, unit: Array | None = No
 
 
 def noise(layer: Layer) -> float:
-    """The distance that chance alone gives between running statistics and those of the batches.
+    """The distance between running statistics and those of the batches that chance explains.
 
-    A mean of n samples varies by 1/n of their variance, and the logarithm of their standard
-    deviation by 1/2n. All positions of a sample are taken to be alike, the worst case.
+    A mean of n samples varies by 1/n of their variance, and the log of their standard deviation by
+    1/2n. All positions of a sample are assumed to be equal, which is the worst case.
     """
     samples = max(layer.samples, 1.0)
     return float(np.sqrt(1.5 / samples * (1 / max(len(layer.batches), 1) + AVERAGED)))

@@ -1,4 +1,4 @@
-"""Batch norms of a model in numbers: batches against running statistics."""
+"""A report of the batch norms of a model: moments of batches against running statistics."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,28 +7,35 @@ import numpy as np
 
 from jaxbn._diagnosis.layers import TINY, Array, Known, Layer, Settings, gathered
 
-DEAD_BELOW = 4.0  # standard deviations under zero: one of 30,000 normal values gets above it
-CONSTANT = 1e-6  # a standard deviation below this part of the mean is rounding in float32
+DEAD_BELOW = 4.0  # standard deviations below zero: one in 30,000 normal values is positive
+CONSTANT = 1e-6  # a standard deviation below this part of the mean is a float32 rounding error
 
 
 class LayerReport(NamedTuple):
-    """One batch norm; all drifts are NaN for a layer that no batch reached.
+    """The report of one batch norm. All drifts are NaN for a layer that no batch reached.
 
     Attributes:
-      channels: how many there are.
-      batches: how many went into the running statistics; None where that is not kept.
-      mean_drift: between running and batch means, in standard deviations of the batch:
+      channels: number of channels.
+      batches: number of batches in the running statistics; None if it is not kept.
+      mean_drift: distance between running and batch means, in standard deviations of the batch:
         `√E[(m − m')²/(v' + epsilon)]`.
-      var_drift: between running and batch variances, as a factor: `exp √E[ln²(v/v')]`, each with
-        epsilon; 1 is none.
-      worst: the largest drift of the mean of one channel.
-      dead: channels that are constant, or that scale and bias put more than four standard
+      var_drift: distance between running and batch variances, as a factor: `exp √E[ln²(v/v')]`,
+        each with epsilon. 1 means no drift.
+      worst: largest drift of the mean of a channel.
+      dead: number of channels that are constant, or that scale and bias put more than four standard
         deviations below zero, where ReLU passes nothing.
-      offset: the largest |mean|/std of a channel, by which `E[x²] − E[x]²` loses digits.
-      below_epsilon: the part of the channels whose batch variance is below epsilon.
-      non_finite: channels with NaN, infinity or a negative variance in their running statistics
-        or in the moments of the batch.
+      offset: largest `|mean|/std` of a channel. `E[x²] − E[x]²` loses digits if it is large.
+      below_epsilon: part of the channels whose batch variance is below epsilon.
+      non_finite: number of channels with NaN, infinity or a negative variance in their running
+        statistics or in the moments of the batch.
       never_updated: whether the running statistics are those before the first batch.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> moments = jaxbn.batch_moments(jnp.array([[1.0, 5.0], [3.0, 9.0]]))
+      >>> layer = jaxbn.report(jaxbn.init_batch_stats(2), moments)[""]
+      >>> layer.channels, layer.batches, round(layer.worst, 2)
+      (2, 0, 3.5)
     """
 
     channels: int
@@ -44,10 +51,18 @@ class LayerReport(NamedTuple):
 
 
 class Report(dict[str, LayerReport]):
-    """A `LayerReport` for each path; `str` makes a table of it."""
+    """A dict with a `LayerReport` for each path; `str` makes a table of it.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxbn
+      >>> moments = jaxbn.batch_moments(jnp.array([[1.0, 5.0], [3.0, 9.0]]))
+      >>> report = jaxbn.report(jaxbn.init_batch_stats(2), moments)
+      >>> report[""].channels, "never updated" in str(report)
+      (2, True)
+    """
 
     def __str__(self) -> str:
-        """The table, a line for each layer."""
+        """The table, with a line for each layer."""
         heads = ("layer", "channels", "batches", "mean drift", "var drift", "worst", "dead")
         rows: list[tuple[str, ...]] = [(*heads, "|mean|/std", "var < eps", "not finite", "")]
         rows += [(path or "the layer", *_cells(layer)) for path, layer in self.items()]
@@ -83,18 +98,18 @@ def report(
 
     Args:
       variables: `BatchStats`, a tree of them, or nested dicts with `mean` and `var`, such as the
-        collection `batch_stats`; or the collections `params` and `batch_stats` together.
+        collection `batch_stats`; or a dict with the collections `params` and `batch_stats`.
       batches: moments of the same layers for a batch in training mode: `Moments` with the nesting
-        of the statistics, or dicts with `mean`, `var` and `count`. Several batches are a list.
-      settings: `Settings` of all layers, or by path.
+        of the statistics, or dicts with `mean`, `var` and `count`. Give a list for several batches.
+      settings: `Settings` of all layers, or of each layer by path.
 
     Returns:
       A `Report`: for each path a `LayerReport` of plain numbers.
 
     Raises:
-      ValueError: there are no statistics, or the moments are those of other layers or channels.
+      ValueError: there are no statistics, or the moments belong to other layers or channels.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn
       >>> stats = {"norm": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
       >>> x = jnp.array([[1.0, 5.0], [3.0, 5.0]])
@@ -140,7 +155,7 @@ def reported(layer: Layer) -> LayerReport:
 
 
 def dead_channels(layer: Layer, seen: Known) -> Any:
-    """Where a channel is constant, or is below zero for all but the rarest values."""
+    """Where a channel is constant, or below zero for all but the rarest values."""
     dead = np.sqrt(np.maximum(seen.var, 0)) <= CONSTANT * np.abs(seen.mean)
     if layer.bias is not None:
         scale = 1.0 if layer.scale is None else np.abs(layer.scale)

@@ -1,1 +1,1 @@
-"""What the Linen and the NNX layers share."""
+"""Code that the Linen and the NNX layers share."""

@@ -1,6 +1,8 @@
-"""Batch norm of complex numbers, put together from that of their real and imaginary parts.
+"""Batch norm of complex numbers, composed from their real and imaginary parts.
 
-y = (x − E[x]) · scale / √(Var[x] + epsilon) + bias        Var[x] = E[|x − E[x]|²]
+    y = (x − E[x]) · scale / √(Var[x] + epsilon) + bias        Var[x] = E[|x − E[x]|²]
+
+The variance is real.
 """
 
 from typing import Any
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._checks import check_values_per_channel, checked_mask
+from jaxbn._core.axes import reduced_axes
 from jaxbn._core.devices import AxisIndexGroups, AxisName, checked_devices
 from jaxbn._moments import Moments, batch_moments
 from jaxbn._normalize import normalize
@@ -35,14 +38,14 @@ def complex_normalize(
     dtype: DTypeLike,
     mask: ArrayLike | None,
 ) -> jax.Array:
-    """`normalize`, with a scale and a bias that may be complex."""
+    """`normalize` for a complex `x`; scale and bias may be complex."""
     x, mask = checked_mask(mask, x, axis % x.ndim)
     real, imag = (
         normalize(part, by, var, axis=axis, epsilon=epsilon, mask=mask)
         for part, by in ((x.real, mean.real), (x.imag, mean.imag))
     )
     y = jax.lax.complex(real, imag).astype(dtype)
-    others = [i for i in range(x.ndim) if i != axis % x.ndim]
+    others = reduced_axes(x.ndim, axis % x.ndim)
     if scale is not None:
         y = y * jnp.expand_dims(scale.astype(dtype), others)
     if bias is not None:
@@ -64,7 +67,7 @@ def complex_batch_norm(
     skip_nonfinite: Flag,
     **fixed: Any,
 ) -> tuple[jax.Array, BatchStats]:
-    """`batch_norm`, by a running mean that is complex from the first batch on."""
+    """`batch_norm` for a complex `x`. The running mean is complex from the first batch on."""
     if train is False:
         return complex_normalize(x, stats.mean, stats.var, scale, bias, **fixed), stats
     axis, mask = fixed["axis"], fixed["mask"]

@@ -1,4 +1,4 @@
-"""What a diagnosis needs of a model, whether Linen or NNX owns its layers."""
+"""What a diagnosis needs from a model, whether Linen or NNX owns its layers."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -7,13 +7,11 @@ import jax
 import numpy as np
 
 from jaxbn._diagnosis.layers import Settings
-from jaxbn._flax.layer import epsilon_of, weight_of_batch
-
-Module = Any  # of Linen or of NNX, with the fields of the same names that are read here
+from jaxbn._flax.layer import Module, epsilon_of, weight_of_batch
 
 
 def settings_of(layer: Module, batch: Any, by_batch: tuple[bool | None, bool | None]) -> Settings:
-    """The settings of a layer, momentum as the weight of the new batch."""
+    """The settings of a layer, with momentum as the weight of the new batch."""
     momentum = weight_of_batch(layer)
     unknown = momentum is None or isinstance(momentum, jax.Array)
     return Settings(
@@ -27,12 +25,12 @@ def settings_of(layer: Module, batch: Any, by_batch: tuple[bool | None, bool | N
 
 
 def samples_in(batch: Any) -> int | None:
-    """The first dimension of the first array in a batch that has one."""
+    """The first dimension of the first array in a batch that has dimensions."""
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
     return next((shape[0] for shape in shapes if shape), None)
 
 
 def as_list(batches: Any) -> list[Any]:
-    """The batches: an array, a tuple, a mapping or what is no iterable at all is one batch."""
+    """The batches as a list. An array, a tuple, a mapping or a non-iterable is one batch."""
     one = isinstance(batches, (tuple, Mapping)) or hasattr(batches, "shape")
     return [batches] if one or not isinstance(batches, Iterable) else list(batches)

@@ -1,4 +1,4 @@
-"""Several channel axes as one: Flax's `BatchNorm` takes a tuple of them."""
+"""Several channel axes as one, for Flax's `BatchNorm`, which accepts a tuple of axes."""
 
 import math
 from collections.abc import Sequence
@@ -22,17 +22,18 @@ def feature_axes(axis: Integer | Sequence[Integer], shape: tuple[int, ...]) -> t
 
 
 class Features(NamedTuple):
-    """The channel axes of arrays of a shape, moved to the end and made one, and back."""
+    """Moves the channel axes of an array to the end and merges them into one, and back."""
 
     shape: tuple[int, ...]
     axes: tuple[int, ...]
 
     @property
     def ends(self) -> tuple[int, ...]:
+        """The places of the channel axes at the end."""
         return tuple(range(-len(self.axes), 0))
 
     def flat(self, value: ArrayLike) -> jax.Array:
-        """`value`, which broadcasts against the shape, with one channel axis at its end."""
+        """`value`, which broadcasts against `shape`, with one channel axis at its end."""
         value = jnp.moveaxis(jnp.broadcast_to(jnp.asarray(value), self.shape), self.axes, self.ends)
         rest = len(self.shape) - len(self.axes)
         return value.reshape(*value.shape[:rest], math.prod(value.shape[rest:]))
@@ -43,13 +44,13 @@ class Features(NamedTuple):
         return value.reshape(*samples, -1)
 
     def wrapped(self, activation: str | Activation | None) -> str | Activation | None:
-        """An activation of flat arrays that shows the user's own function arrays as they were."""
+        """An activation for flat arrays; the user's own function sees the original shape."""
         if not is_own(activation):
             return activation
         own = cast(Activation, activation)
         return lambda z: self.flat(own(self.restored(z)))
 
     def restored(self, value: jax.Array) -> jax.Array:
-        """What `flat` made of an array, as it was."""
+        """Inverts `flat`."""
         features = [self.shape[axis] for axis in self.axes]
         return jnp.moveaxis(value.reshape(*value.shape[:-1], *features), self.ends, self.axes)

@@ -1,4 +1,4 @@
-"""What a layer does with its variables, whether Linen or NNX owns them."""
+"""The computation of a layer with its variables, whether Linen or NNX owns them."""
 
 import functools
 import math
@@ -20,32 +20,32 @@ from jaxbn._renorm import Renorm
 from jaxbn._stats import BatchStats
 from jaxbn._types import Integer, Number
 
-Module = Any  # of Linen or of NNX, with the fields of the same names that are read here
+Module = Any  # of Linen or NNX, which name these fields alike
 Vectors = dict[str, jax.Array]
 
 
 class Kept(NamedTuple):
-    """What a layer keeps between batches, by name.
+    """The state that a layer keeps between batches, by name.
 
-    Where `moments` are kept, a batch is merged into them, and the running statistics stay.
+    If `moments` are kept, a batch is merged into them, and the running statistics do not change.
     """
 
     running: Vectors
     moments: Vectors
 
 
-# The moments of a batch, normalization by given ones, and the two composed.
+# Moments of a batch, normalization by given moments, and both composed.
 REAL: tuple[Any, Any, Any] = (batch_moments, normalize, batch_norm)
 COMPLEX: tuple[Any, Any, Any] = (complex_moments, complex_normalize, complex_batch_norm)
 
 EFFECTS = (
     "`activation` must not write variables: it is traced on its own; got a function that writes "
-    "some. Apply it to the output of the layer instead."
+    "one. Apply it to the output of the layer instead."
 )
 
 
 def modes(layer: Module, inference: Any) -> tuple[Any, Any]:
-    """Whether a batch normalizes itself, and whether it goes into the running statistics."""
+    """Whether a batch normalizes itself, and whether it updates the running statistics."""
     if layer.frozen:
         return False, False
     check_bool(inference, "use_running_average")
@@ -67,7 +67,7 @@ def collects(layer: Module) -> bool:
 
 
 def check_layout(layer: Module, shape: tuple[int, ...]) -> None:
-    """Refuses an input whose number of dimensions is in none of the layer's layouts."""
+    """Refuses an input whose number of dimensions fits none of the layer's layouts."""
     checked_axis(shape, layer.axis)
     if len(shape) - 1 in map(len, layer.layouts):
         return
@@ -85,33 +85,33 @@ def check_layout(layer: Module, shape: tuple[int, ...]) -> None:
 
 
 def check_channels(layer: Module, shape: tuple[int, ...], features: tuple[int, ...]) -> None:
-    """Refuses an input of other channels than the layer's variables are for."""
+    """Refuses an input with other channels than the layer's variables."""
     channels = tuple(shape[axis] for axis in feature_axes(layer.axis, shape))
     if features in (channels, (math.prod(channels),)):
         return
     expected, got = (v[0] if len(v) == 1 else v for v in (features, channels))
     raise ValueError(
-        f"{type(layer).__name__} of {expected} channels expected as many at axis={layer.axis} of "
-        f"its input; got {got}, x.shape={shape}."
+        f"{type(layer).__name__} expected {expected} channels at axis={layer.axis} of its input; "
+        f"got {got}, x.shape={shape}."
         + (axis_hint(shape, layer.axis, features) if len(channels) == 1 else "")
     )
 
 
 def affine_shape(*features: int, num_domains: Integer | None, shared: bool) -> tuple[int, ...]:
-    """The shape of scale and bias: one of each for every domain, or for all."""
+    """The shape of scale and bias: one set for every domain, or one for all."""
     return features if num_domains is None or shared else (int(num_domains), *features)
 
 
 def affine(
     layer: Module, name: str, own: jax.Array | None, given: ArrayLike | None
 ) -> jax.Array | None:
-    """The scale or bias of a layer: its own, or one that the call gives."""
+    """The scale or bias of a layer: its own, or the one given in the call."""
     if given is None:
         return own if layer.train_affine else jax.lax.stop_gradient(own)
     if own is not None:
         raise ValueError(
-            f"`{name}` of a call takes the place of the layer's own, which it must not have; make "
-            f"the layer with {'affine=False' if hasattr(layer, 'affine') else f'use_{name}=False'}."
+            f"`{name}` in a call needs a layer without its own; got one that has it. Make the "
+            f"layer with {'affine=False' if hasattr(layer, 'affine') else f'use_{name}=False'}."
         )
     return checked_array(given, name)
 
@@ -131,7 +131,7 @@ def torch_layer(
     domain: ArrayLike | None,
     initializing: bool = False,
 ) -> tuple[jax.Array, Kept]:
-    """The output of a layer with torch's fields, and what it keeps after this batch."""
+    """The output of a layer with torch's fields, and its state after this batch."""
     return _layer(
         layer,
         x,
@@ -169,7 +169,7 @@ def flax_layer(
     domain: ArrayLike | None,
     initializing: bool = False,
 ) -> tuple[jax.Array, Kept]:
-    """The output of a layer with Flax's fields, and what it keeps after this batch."""
+    """The output of a layer with Flax's fields, and its state after this batch."""
     traced = isinstance(layer.momentum, jax.Array)
     if layer.momentum is None or (not traced and not 0 <= layer.momentum <= 1):
         raise ValueError(
@@ -251,9 +251,9 @@ def _layer(
         x, fused, of_training, real_only = x.astype(dtype), {}, {}, {}
         of_batch, normalized, whole = COMPLEX
     if initializing and (train is not False or not kept.running):
-        # Neither counts as a batch nor asks for more than one value per channel, nor for devices.
+        # Not a batch: it does not count, and needs neither two values per channel nor devices.
         moments = of_batch(x, axis=axis, mask=mask)
-        if domain is not None:  # puts out what the first domain does
+        if domain is not None:  # gives the output of the first domain
             scale, bias = (v if v is None or v.ndim == 1 else v[0] for v in (scale, bias))
         return normalized(x, moments.mean, moments.var, scale, bias, **fixed, **fused), kept
     stats = batch_stats_of(kept.running)
@@ -285,26 +285,32 @@ def _layer(
 
 
 def _check_domain(layer: Module, domain: object, kept: Kept) -> None:
+    """Refuses a `domain` without `num_domains`, the reverse, and a domain with moments."""
     if (domain is None) != (layer.num_domains is None):
         raise ValueError(
-            "`domain` says which of `num_domains` sets of statistics a call is for; got "
+            "`domain` must be given if the layer has `num_domains`, and only then; got "
             f"domain={domain!r} for a layer with num_domains={layer.num_domains}."
         )
     if kept.moments and domain is not None:
         raise NotImplementedError(
-            "Layers with `num_domains` keep no moments: they cannot be recalibrated, accumulated "
-            "or explained. Take a model of each domain, or leave them out by `where`."
+            "Layers with `num_domains` keep no moments, so they cannot be recalibrated, "
+            "accumulated or explained. Use one model per domain, or exclude them with `where`."
         )
 
 
 def epsilon_of(layer: Module) -> Number:
-    """The epsilon of a layer with torch's fields, or with Flax's."""
+    """The epsilon of a layer, whether its fields are torch's or Flax's."""
     epsilon: Number = layer.eps if hasattr(layer, "eps") else layer.epsilon
     return epsilon
 
 
+def name_of(kind: type) -> str:
+    """The full name of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def weight_of_batch(layer: Module) -> ArrayLike | None:
-    """The weight of the new batch, which is torch's `momentum` and one minus Flax's."""
+    """The weight of the new batch: torch's `momentum`, or one minus Flax's."""
     momentum: ArrayLike | None = layer.momentum
     if momentum is None or hasattr(layer, "eps"):
         return momentum
@@ -312,12 +318,13 @@ def weight_of_batch(layer: Module) -> ArrayLike | None:
 
 
 def std_epsilon(layer: Module) -> Number | None:
-    """Of a layer whose running variance follows standard deviations."""
+    """The epsilon of a layer whose running variance averages standard deviations, else None."""
     averages = layer.renorm is not None and layer.renorm.average_std
     return epsilon_of(layer) if averages else None
 
 
 def _renorm(layer: Module, kept: Kept) -> Renorm | None:
+    """The renorm of a layer. A schedule needs a count."""
     renorm: Renorm | None = layer.renorm
     if renorm is not None and renorm.is_scheduled and kept.running.keys() == {"mean", "var"}:
         raise ValueError(
@@ -328,7 +335,7 @@ def _renorm(layer: Module, kept: Kept) -> Renorm | None:
 
 
 def _with(kept: Vectors, moments: Moments, layer: Module) -> Vectors:
-    """The moments that are kept, merged with those of a batch, as far as the layer folds it in."""
+    """The kept moments, merged with those of a batch in the channels that the layer accepts."""
     counts = jnp.asarray(True if layer.update_stats is None else layer.update_stats)
     finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
     counts &= finite | jnp.logical_not(layer.skip_nonfinite)
@@ -339,6 +346,7 @@ def _with(kept: Vectors, moments: Moments, layer: Module) -> Vectors:
 
 
 def _check_real_only(options: dict[str, Any]) -> None:
+    """Refuses options that complex numbers do not support."""
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise NotImplementedError(
@@ -348,11 +356,12 @@ def _check_real_only(options: dict[str, Any]) -> None:
 
 
 def batch_stats_of(running: Vectors) -> BatchStats | None:
+    """The running statistics of a layer as `BatchStats`, in at least float32; None without any."""
     if not running:
         return None
     values = {name: jnp.asarray(value) for name, value in running.items()}
     for name in ("mean", "var"):  # a checkpoint may hold them in half precision
         if jnp.issubdtype(values[name].dtype, jnp.floating):
             values[name] = values[name].astype(statistics_dtype(values[name].dtype))
-    # A missing count (Flax keeps none) is not needed where momentum is a number.
+    # A missing count (Flax keeps none) is not needed if momentum is a number.
     return BatchStats(**{"count": jnp.zeros(values["mean"].shape[:-1], jnp.int32)} | values)

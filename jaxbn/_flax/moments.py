@@ -1,4 +1,4 @@
-"""The moments of whole models: how layers' variables begin, merge and become running statistics."""
+"""Moments of whole models: how they start, merge, and become running statistics."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,7 +13,7 @@ from jaxbn._moments import Moments, merge_moments
 from jaxbn._stats import BatchStats, update_batch_stats
 from jaxbn._types import Number
 
-Layers = dict[str, Vectors]  # by their paths
+Layers = dict[str, Vectors]  # by path
 
 
 def empty_moments(running: Vectors) -> Vectors:
@@ -26,7 +26,7 @@ def empty_moments(running: Vectors) -> Vectors:
 def updated(
     running: Vectors, moments: Vectors, momentum: ArrayLike | None, std_epsilon: Number | None
 ) -> Vectors:
-    """Running statistics with the moments of one batch folded in, as far as it had values."""
+    """Running statistics after the moments of one batch, if the batch has any values."""
 
     def update(stats: BatchStats, moments: Moments, unbiased: bool) -> BatchStats:
         new = update_batch_stats(
@@ -39,9 +39,9 @@ def updated(
 
 
 def replaced(running: Vectors, moments: Vectors, batches: int, prior: Number) -> Vectors:
-    """The statistics of a whole data set, in which the old ones count as `prior` batches of it.
+    """The statistics of a whole data set. The old ones count as `prior` batches of it.
 
-    NaN where they are not known, for want of two values.
+    They are NaN in channels with fewer than two values, where they are unknown.
     """
 
     def replace(stats: BatchStats, moments: Moments, unbiased: bool) -> BatchStats:
@@ -56,7 +56,7 @@ def replaced(running: Vectors, moments: Vectors, batches: int, prior: Number) ->
 
 
 def as_samples(running: Vectors, moments: Vectors) -> Vectors:
-    """The statistics after one batch as one sample of each, whose mean is an average of batches."""
+    """The statistics after one batch as one sample of each. Merging them averages over batches."""
 
     def replace(stats: BatchStats, moments: Moments, unbiased: bool) -> BatchStats:
         return update_batch_stats(_fresh(stats), moments, momentum=None, unbiased=unbiased)
@@ -68,7 +68,7 @@ def as_samples(running: Vectors, moments: Vectors) -> Vectors:
 
 
 def averaged(running: Vectors, samples: Vectors, batches: int) -> Vectors:
-    """The average of the statistics after each batch; NaN where there were none."""
+    """The average of the statistics after each batch; NaN if there were none."""
     mean, var = jnp.where(samples["count"] > 0, samples["mean"], jnp.nan)
     count = {name: jnp.full_like(v, batches) for name, v in running.items() if name == "count"}
     return {"mean": mean, "var": var, **count}
@@ -76,7 +76,7 @@ def averaged(running: Vectors, samples: Vectors, batches: int) -> Vectors:
 
 @jax.jit
 def merged(first: Layers, second: Layers) -> Layers:
-    """The moments of each layer, merged."""
+    """The merged moments of each layer."""
 
     def merge(first: Vectors, second: Vectors) -> Vectors:
         flat = (Moments(**jax.tree.map(jnp.ravel, v)) for v in (first, second))
@@ -87,11 +87,11 @@ def merged(first: Layers, second: Layers) -> Layers:
 
 
 def total(parts: Iterable[Layers]) -> tuple[Layers, int]:
-    """All moments merged, and how many they were.
+    """All moments merged, and the number of parts.
 
-    Sums of as many parts are merged with each other, so that each part takes few roundings.
+    Sums of equally many parts are merged with each other, so that each part takes few roundings.
     """
-    sums: list[tuple[Layers, int]] = []  # of 2ᵏ parts each, fewer and fewer
+    sums: list[tuple[Layers, int]] = []  # of 2ᵏ parts each, with decreasing k
     for part in parts:
         number = 1
         while sums and sums[-1][1] == number:
@@ -105,14 +105,14 @@ def total(parts: Iterable[Layers]) -> tuple[Layers, int]:
 
 
 def _fresh(stats: BatchStats) -> BatchStats:
-    """Statistics before the first batch, where those of `stats` are."""
+    """Statistics before the first batch, with the shapes and dtypes of `stats`."""
     return BatchStats._make(map(jnp.zeros_like, stats))
 
 
 def _by_vector(
     function: Callable[[BatchStats, Moments, bool], BatchStats], running: Vectors, moments: Vectors
 ) -> Vectors:
-    """A function of vectors on the variables of a layer, of any shape, stacked or not."""
+    """Applies a function of vectors to the variables of a layer, of any shape, stacked or not."""
     if jnp.ndim(running.get("count", 0)):  # of several layers, as `nn.scan` stacks them
         return jax.vmap(partial(_by_vector, function))(running, moments)
     flat = {name: jnp.reshape(v, -1) for name, v in running.items() if name != "count"}

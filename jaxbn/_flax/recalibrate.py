@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxbn._flax.moments import Layers, as_samples, averaged, replaced, total
 from jaxbn._types import Number
 
-# The moments of a batch in the layers that have these running statistics. The second argument and
-# result is what the model hands from batch to batch.
+# The moments of a batch in the layers with these running statistics. The second argument and result
+# is the state that the model carries from batch to batch.
 Collect = Callable[[Layers, Any, Any], tuple[Layers, Any]]
 Callback = Callable[[int, int], object]
 
@@ -32,7 +32,7 @@ def recalibrated(
     """The running statistics of each layer over a data set."""
     _check_options(batches, sequential, average, prior)
     passes = 1
-    if sequential:  # one for each layer, stacked or not; the last one finds that nothing changes
+    if sequential:  # one for each layer, stacked or not; a last one finds that nothing changes
         passes += sum(math.prod(jnp.shape(v["mean"])[:-1]) for v in old.values())
     new = old
     for i in range(passes):
@@ -58,6 +58,7 @@ def _of_batches(
     callback: Callback | None,
     passes: int,
 ) -> Iterator[Layers]:
+    """The moments of each batch, in one pass over the data set."""
     last: Layers = {}
     for done, batch in enumerate(batches, 1):
         moments, carry = collect(running, carry, batch)
@@ -88,7 +89,7 @@ def _traced(tree: Any) -> bool:
 
 @jax.jit
 def _equal(first: Layers, second: Layers) -> jax.Array:
-    """Whether statistics are the same to the last bit."""
+    """Whether statistics are equal to the last bit."""
     same = [
         jnp.array_equal(first[layer][name], second[layer][name], equal_nan=True)
         for layer in first
@@ -110,6 +111,7 @@ def _complete(new: Layers, whole: Layers, least: int) -> dict[str, tuple[jax.Arr
 
 
 def _check_options(batches: Any, sequential: bool, average: bool, prior: Number) -> None:
+    """Refuses options and batches that do not fit together."""
     if not isinstance(prior, numbers.Real) or not 0 <= prior < math.inf:
         raise ValueError(
             "`prior` must be a number of batches, at least 0, that the old statistics count as; "
@@ -123,34 +125,34 @@ def _check_options(batches: Any, sequential: bool, average: bool, prior: Number)
     if isinstance(batches, Mapping) or hasattr(batches, "shape"):
         raise TypeError(
             "`batches` must be an iterable of batches; got one batch, a "
-            f"{type(batches).__name__}. Pass a list of it."
+            f"{type(batches).__name__}. Pass it in a list."
         )
     if not isinstance(batches, Iterable):
         raise TypeError(f"`batches` must be iterable; got {type(batches).__name__}.")
     if sequential and isinstance(batches, Iterator):
         raise TypeError(
-            "`batches` must start anew for each pass where sequential=True; got a "
+            "`batches` must start anew for each pass with sequential=True; got a "
             f"{type(batches).__name__}, which runs once. Pass a list, or an object whose __iter__ "
             "makes a new iterator."
         )
 
 
 def _check_known(new: Layers, whole: Layers, least: int) -> None:
-    """Refuses statistics that the data set does not tell."""
+    """Refuses statistics that the data set does not determine."""
     complete = _complete(new, whole, least)
     bad = {name: enough for name, (finite, enough) in complete.items() if not finite}
     few = [name for name, enough in bad.items() if not enough]
     if few:
         raise ValueError(
             "Each batch norm must get at least two values per channel; got fewer for "
-            f"{listed(few)}. Leave out by `where` what is frozen, has update_stats=False, is not "
-            "called, or is another library's. In `nn.scan` and other lifted transforms name the "
-            'collection: variable_axes={"batch_moments": 0}.'
+            f"{listed(few)}. Use `where` to exclude layers that are frozen, have "
+            "update_stats=False, are not called, or belong to another library. In `nn.scan` and "
+            'other lifted transforms, name the collection: variable_axes={"batch_moments": 0}.'
         )
     if bad:
         raise ValueError(
             "Each batch norm must get finite values; got NaN or infinity in the input of "
-            f"{listed(bad)}. With skip_nonfinite=True a layer leaves such batches out."
+            f"{listed(bad)}. With skip_nonfinite=True, a layer ignores such batches."
         )
 
 
@@ -165,4 +167,5 @@ def check_mode(name: str, by_batch: bool | None, train: bool) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
+    """The names of layers in a message."""
     return ", ".join(repr(name) if name else "the model itself" for name in names) or "none"

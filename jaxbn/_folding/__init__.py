@@ -1,1 +1,1 @@
-"""Batch norm folded into linear layers: their shapes, one layer, whole networks."""
+"""Folding of batch norms into linear layers: layer shapes, single layers, whole networks."""

@@ -1,4 +1,4 @@
-"""Kernels of linear layers: the order of their axes, their channels and groups, their padding."""
+"""Kernels of linear layers: the order of their axes, their channels, groups and padding."""
 
 import numbers
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from jax.typing import ArrayLike
 from jaxbn._checks import check_known_bool, checked_float
 from jaxbn._types import Bool, Integer
 
-# As `flax.linen.Conv` takes it.
+# In the forms of `flax.linen.Conv`.
 Padding = str | int | Sequence[int | tuple[int, int]]
 
 FLAX_LAYOUTS = {2: "IO", 3: "WIO", 4: "HWIO", 5: "DHWIO"}
 WITHOUT_ZEROS = ("VALID", "CIRCULAR", "REFLECT")
-BY_SIZE = ("SAME", "SAME_LOWER", "CAUSAL")  # none for kernels of one position
+BY_SIZE = ("SAME", "SAME_LOWER", "CAUSAL")  # no padding if the kernel has one position
 
 
 class LinearLayer(NamedTuple):
-    """A linear layer: its kernel's shape, the letters of the axes, and how channels are grouped.
+    """A linear layer: the shape of its kernel, a letter for each axis, and the groups of channels.
 
     The groups lie along the axis O, or along I in a transposed convolution.
     """
@@ -32,14 +32,14 @@ class LinearLayer(NamedTuple):
 
     @property
     def spatial(self) -> tuple[int, ...]:
-        """The sizes of the axes in space."""
+        """The sizes of the spatial axes."""
         return tuple(
             n for n, letter in zip(self.shape, self.layout, strict=True) if letter in "DHW"
         )
 
     @property
     def channels(self) -> tuple[int, int]:
-        """How many channels go in and come out."""
+        """The numbers of input and output channels."""
         inputs, outputs = (self.shape[axis] for axis in self._axes)
         return (
             (inputs, outputs * self.groups) if self.transposed else (inputs * self.groups, outputs)
@@ -59,7 +59,7 @@ class LinearLayer(NamedTuple):
         return jnp.moveaxis(kernel, -2, -3)
 
     def joined(self, parts: jax.Array) -> jax.Array:
-        """The kernel that `split` gave as `parts`."""
+        """The kernel from the `parts` that `split` returns."""
         parts = parts if self.transposed else jnp.moveaxis(parts, -3, -2)
         inputs, outputs = (self.shape[axis] for axis in self._axes)
         kernel = parts.reshape(*self.spatial, inputs, outputs)
@@ -69,7 +69,7 @@ class LinearLayer(NamedTuple):
 def checked_layer(
     shape: tuple[int, ...], layout: str, letters: str, groups: Integer = 1, transposed: Bool = False
 ) -> LinearLayer:
-    """The layer with a kernel of this shape, axes in space being some of `letters`."""
+    """The layer with a kernel of this shape, whose spatial axes are some of `letters`."""
     letters_fit = (
         isinstance(layout, str)
         and len(layout) == len({*layout}) == len(shape)
@@ -92,13 +92,13 @@ def checked_layer(
         raise ValueError(
             f"`feature_group_count` must divide the axis {letter} of the kernel of a "
             f"{'transposed ' if transposed else ''}convolution; got {groups} for kernel.shape="
-            f"{shape}, of which {letter} is {size} in layout={layout!r}."
+            f"{shape}, where {letter} has size {size} in layout={layout!r}."
         )
     return LinearLayer(shape, layout, int(groups), bool(transposed))
 
 
 def checked_channels(value: ArrayLike, name: str, layer: LinearLayer, before: Bool) -> jax.Array:
-    """`value` as an array, refused unless it has one number for each input or output channel."""
+    """`value` as an array with one number for each input or output channel."""
     vector = checked_float(value, name)
     size, other = layer.channels if before else layer.channels[::-1]
     if vector.shape == (size,):
@@ -107,7 +107,7 @@ def checked_channels(value: ArrayLike, name: str, layer: LinearLayer, before: Bo
     if layer.spatial:
         options += f", feature_group_count={layer.groups}, transposed={layer.transposed}"
     turned = name != "kernel_bias" and vector.shape == (other,)
-    side = "in front of" if not before else "behind"
+    side = "before" if not before else "after"
     raise ValueError(
         f"`{name}` must have shape ({size},), one number for each channel that "
         f"{'enters' if before else 'leaves'} the linear layer; got {vector.shape} for {options}."
@@ -116,11 +116,11 @@ def checked_channels(value: ArrayLike, name: str, layer: LinearLayer, before: Bo
 
 
 def check_padding(padding: Padding | None, layer: LinearLayer, before: Bool) -> None:
-    """No padding may stand between a batch norm and the convolution that it is folded into."""
+    """Refuses padding between a batch norm and the convolution that it is folded into."""
     if padding is not None and (not before or layer.transposed):
         raise ValueError(
-            "`padding` makes a difference only where a batch norm comes before a convolution that "
-            f"is not transposed; got padding={padding!r} with before={before}, "
+            "`padding` has an effect only if a batch norm comes before a convolution that is not "
+            f"transposed; got padding={padding!r} with before={before}, "
             f"transposed={layer.transposed}. Leave it out."
         )
     pointwise = all(n == 1 for n in layer.spatial)
@@ -128,18 +128,18 @@ def check_padding(padding: Padding | None, layer: LinearLayer, before: Bool) -> 
         return
     if layer.transposed:
         raise ValueError(
-            "A batch norm in front of a transposed convolution can be folded only into a kernel of "
-            "one position (at stride 1): otherwise the number of inputs that meet in an output, "
-            "and with it the share of the batch norm's bias, differs from place to place; got "
+            "A batch norm before a transposed convolution can be folded only into a kernel of one "
+            "position (at stride 1): otherwise the number of inputs per output, and so the share "
+            "of the batch norm's bias, differs between positions; got "
             f"kernel.shape={layer.shape}. Leave this batch norm as it is."
         )
     if not _without_zeros(padding, len(layer.spatial), pointwise):
         raise ValueError(
-            "`padding` must be given where a batch norm comes before a convolution, and be one "
-            f"without zeros: {', '.join(WITHOUT_ZEROS)} or pads of 0; got {padding!r} for "
-            f"kernel.shape={layer.shape}. The layer pads what the batch norm has normalized. "
-            "Folded, it would pad what is not normalized yet, and zeros there mean another value. "
-            "Leave this batch norm as it is."
+            "`padding` must be given if a batch norm comes before a convolution, and must add no "
+            f"zeros: {', '.join(WITHOUT_ZEROS)} or pads of 0; got {padding!r} for "
+            f"kernel.shape={layer.shape}. The layer pads normalized values. After folding, it "
+            "would pad values before normalization, where zero means another value. Leave this "
+            "batch norm as it is."
         )
 
 

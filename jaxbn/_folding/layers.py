@@ -1,4 +1,4 @@
-"""Batch norm folded into the linear layer before or behind it, for inference."""
+"""Folding of a batch norm into the linear layer before or after it, for inference."""
 
 import functools
 
@@ -34,52 +34,53 @@ def fold_into_conv(
     before: Bool = False,
     padding: Padding | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Kernel and bias of the one convolution that a convolution and a batch norm amount to.
+    """Folds a batch norm into a convolution, and returns the new kernel and bias.
 
-    With `k = scale / √(var + epsilon)`, for a batch norm behind the convolution, whose output
-    channels are o, or before it, whose input channels are i:
+    With `k = scale / √(var + epsilon)`, output channels o and input channels i, for a batch norm
+    after or before the convolution:
 
-        behind  kernel' = kernel·k[o]    bias' = (kernel_bias − mean)·k + bias
+        after   kernel' = kernel·k[o]    bias' = (kernel_bias − mean)·k + bias
         before  kernel' = kernel·k[i]    bias' = kernel_bias + Σ kernel·(bias − mean·k)[i]
 
-    The sum is over all positions and inputs of the kernel. It is right wherever the whole kernel
-    meets normalized values: not where padding adds zeros between the two layers, nor where
-    `input_dilation` or the stride of a transposed convolution does. Strides and dilation of the
-    kernel make no difference.
+    The sum runs over all positions and inputs of the kernel. For `before`, it is exact only where
+    the whole kernel covers normalized values. Zeros between the two layers break this: padding,
+    `input_dilation`, or the stride of a transposed convolution. Strides and kernel dilation do not
+    matter.
 
     Args:
-      kernel: of the convolution, axes as `layout` says; float16, bfloat16, float32 or float64.
-      kernel_bias: the convolution's own bias, shape `[outputs]`; None means 0.
-      mean: running mean, shape `[C]`: a number for each output channel, or input channel for
-        `before`.
+      kernel: kernel of the convolution, with the axes of `layout`; float16, bfloat16, float32 or
+        float64.
+      kernel_bias: bias of the convolution itself, shape `[outputs]`; None means 0.
+      mean: running mean, shape `[C]`: one number for each output channel, or for each input channel
+        with `before`.
       var: running variance, shape `[C]`.
       scale: γ, shape `[C]`; None means 1.
       bias: β, shape `[C]`; None means 0.
-      epsilon: added to the variance inside the square root; a Python number ≥ 0.
+      epsilon: added to the variance inside the square root; a non-negative Python number.
       layout: a letter for each axis of the kernel: I for inputs, O for outputs, and D, H or W for
-        each axis in space. "HWIO" for `flax.linen.Conv` and `ConvTranspose` ("HWOI" with
+        each spatial axis. "HWIO" for `flax.linen.Conv` and `ConvTranspose` ("HWOI" with
         `transpose_kernel`), "OIHW" for `torch.nn.Conv2d`, "IOHW" for `torch.nn.ConvTranspose2d`.
-      feature_group_count: the number of groups of channels. I is then the inputs of one group, and
-        O all outputs; in a depthwise convolution I is 1.
-      transposed: whether the convolution is one of those whose groups lie along I, where O is the
-        outputs of one group: `torch.nn.ConvTranspose2d`.
-      before: whether the batch norm comes in front of the convolution, with nothing in between.
-      padding: the convolution's, in the forms of `flax.linen.Conv`; wanted, for `before`, where the
-        kernel has more than one position: "VALID", pads of 0, "CIRCULAR" or "REFLECT". A kernel of
-        one position is taken to be without padding.
+      feature_group_count: number of groups of channels. The axis I then has the inputs of one
+        group, and O has all outputs. In a depthwise convolution, I is 1.
+      transposed: whether the groups lie along I, and O has the outputs of one group, as in
+        `torch.nn.ConvTranspose2d`.
+      before: whether the batch norm comes before the convolution, with nothing in between.
+      padding: padding of the convolution, in the forms of `flax.linen.Conv`. Required for `before`
+        if the kernel has more than one position: "VALID", pads of 0, "CIRCULAR" or "REFLECT".
+        Without it, a kernel of one position is assumed to have no padding.
 
     Returns:
-      `(kernel, bias)`, computed in at least float32 and rounded once: the kernel to the dtype of
-      `kernel`, and the bias, of shape `[outputs]`, to that of `kernel_bias`, or of `kernel` where
-      there is none.
+      `(kernel, bias)`, computed in at least float32 and rounded once. The kernel has the dtype of
+        `kernel`. The bias has shape `[outputs]` and the dtype of `kernel_bias`, or of `kernel` if
+        that is None.
 
     Raises:
       TypeError: an array is not real floating point, or a flag is not a bool.
       ValueError: `layout` does not fit the kernel, a vector does not fit the channels, the groups
-        do not divide them, `epsilon` or a variance is negative (a traced one gives NaN), the result
-        would not be exact for `before`, or `padding` is given where it makes no difference.
+        do not divide them, `epsilon` or a variance is negative (if it is traced, the results are
+        NaN), the result would not be exact for `before`, or `padding` is given but has no effect.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxbn
       >>> kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 4))
       >>> mean, var, x = jnp.arange(4.0), 1 + jnp.arange(4.0), jnp.ones((1, 8, 8, 2))
@@ -115,24 +116,24 @@ def fold_into_dense(
     layout: str = "IO",
     before: Bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Kernel and bias of the one dense layer that a dense layer and a batch norm amount to.
+    """Folds a batch norm into a dense layer, and returns the new kernel and bias.
 
-    With `k = scale / √(var + epsilon)`, for a batch norm behind the dense layer, whose outputs are
-    o, or before it, whose inputs are i:
+    With `k = scale / √(var + epsilon)`, outputs o and inputs i, for a batch norm after or before
+    the dense layer:
 
-        behind  kernel' = kernel·k[o]    bias' = (kernel_bias − mean)·k + bias
+        after   kernel' = kernel·k[o]    bias' = (kernel_bias − mean)·k + bias
         before  kernel' = kernel·k[i]    bias' = kernel_bias + Σ kernel·(bias − mean·k)[i]
 
     Args:
-      kernel: of the dense layer, shape `[I, O]`; float16, bfloat16, float32 or float64.
-      kernel_bias: the dense layer's own bias, shape `[O]`; None means 0.
-      mean: running mean, shape `[O]`, or `[I]` for `before`.
+      kernel: kernel of the dense layer, shape `[I, O]`; float16, bfloat16, float32 or float64.
+      kernel_bias: bias of the dense layer itself, shape `[O]`; None means 0.
+      mean: running mean, shape `[O]`, or `[I]` with `before`.
       var: running variance, in the shape of `mean`.
       scale: γ, in the shape of `mean`; None means 1.
       bias: β, in the shape of `mean`; None means 0.
-      epsilon: added to the variance inside the square root; a Python number ≥ 0.
-      layout: "IO" for `flax.linen.Dense`, "OI" for `torch.nn.Linear`, of shape `[O, I]`.
-      before: whether the batch norm comes in front of the dense layer, with nothing in between.
+      epsilon: added to the variance inside the square root; a non-negative Python number.
+      layout: "IO" for `flax.linen.Dense`, "OI" for `torch.nn.Linear`, with shape `[O, I]`.
+      before: whether the batch norm comes before the dense layer, with nothing in between.
 
     Returns:
       `(kernel, bias)`, as `fold_into_conv` returns them.
@@ -140,9 +141,9 @@ def fold_into_dense(
     Raises:
       TypeError: an array is not real floating point, or `before` is not a bool.
       ValueError: `layout` does not fit the kernel, a vector does not fit the channels, or `epsilon`
-        or a variance is negative (a traced one gives NaN).
+        or a variance is negative (if it is traced, the results are NaN).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn
       >>> kernel, mean, var = jnp.array([[1.0, 2.0]]), jnp.array([3.0, 4.0]), jnp.array([4.0, 1.0])
       >>> jaxbn.fold_into_dense(kernel, None, mean, var, epsilon=0.0)
@@ -180,7 +181,7 @@ def _fold(
     _check_variance(var)
     wide = statistics_dtype(kernel.dtype, kernel_bias.dtype, mean.dtype, var.dtype)
     zeros = jnp.zeros(mean.shape, wide)
-    # The slope of batch norm is what it makes of 1 at mean 0.
+    # The slope of batch norm is its output for 1 at mean 0.
     slope = normalize(zeros + 1, zeros, var, scale, epsilon=epsilon).reshape(layer.groups, -1)
     normalized = functools.partial(
         normalize, mean=mean, var=var, scale=scale, bias=bias, epsilon=epsilon
@@ -198,7 +199,7 @@ def _fold(
 
 
 def _check_variance(var: jax.Array) -> None:
-    """Refuses a negative variance that is known. One that is traced gives NaN."""
+    """Refuses a known negative variance. A traced one gives NaN."""
     if isinstance(var, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():  # also for constants under `jax.jit`

@@ -1,4 +1,4 @@
-"""Folding in a whole tree of variables: which layers, by their names, and what is left of it."""
+"""Folding in a whole tree of variables: the layers by their names, and the tree without them."""
 
 import contextlib
 import difflib
@@ -17,7 +17,7 @@ from jaxbn._types import Number
 Tree = Mapping[Any, Any]
 Variables = TypeVar("Variables", bound=Tree)
 CONCATENATION = (
-    "A batch norm behind a concatenation takes all layers in one pair, in the order of the "
+    "For a batch norm after a concatenation, put all layers in one pair, in the order of the "
     'channels: (("a", "b"), "norm").'
 )
 
@@ -26,7 +26,7 @@ Pairs = Mapping[str, str] | Mapping[Paths, str] | Iterable[tuple[Paths, str]]
 
 
 class _Pair(NamedTuple):
-    """The paths of two layers, whether the batch norm is the first, and its channels that count."""
+    """The paths of two layers, whether the batch norm comes first, and its channels in use."""
 
     linear: str
     norm: str
@@ -44,37 +44,38 @@ def fold_variables(
         (linear, norm)  kernel' = kernel·k[o]    bias' = (kernel_bias − mean)·k + bias
         (norm, linear)  kernel' = kernel·k[i]    bias' = kernel_bias + Σ kernel·(bias − mean·k)[i]
 
-    The result belongs to the same network without those batch norms, its linear layers with
-    `use_bias=True`. A tree of names tells neither strides nor layouts: kernels are taken to have
-    Flax's, `DHWIO`, and those behind a batch norm to be no transposed convolutions. For
-    `nn.ConvTranspose(transpose_kernel=True)` use `fold_into_conv` with "HWOI". A layer must use its
-    `kernel` as it is stored. One with further variables, such as those of weight normalization,
-    spectral normalization or low-rank adaptation, is refused.
+    The result fits the same network without those batch norms, and with `use_bias=True` in its
+    linear layers. Variables tell neither strides nor layouts. Kernels are assumed to have Flax's
+    layout, `DHWIO`, and convolutions after a batch norm not to be transposed. For
+    `nn.ConvTranspose(transpose_kernel=True)`, use `fold_into_conv` with "HWOI". A layer must use
+    its `kernel` as it is stored. Layers with further variables, such as those of weight
+    normalization, spectral normalization or low-rank adaptation, are refused.
 
     Args:
       variables: the collections `params` and `batch_stats`, as `model.init` returns them: dicts or
-        FrozenDicts of NumPy or JAX arrays. It is not changed.
+        FrozenDicts of NumPy or JAX arrays. They are not changed.
       pairs: paths of two layers that are applied one right after the other, in this order, for
         example `[("block_0/Conv_0", "block_0/BatchNorm_0")]`, or a mapping from the first to the
-        second. The one with `mean` and `var` in `batch_stats` is the batch norm, the one with a
-        `kernel` the linear layer. A layer may be in one pair. A batch norm behind a concatenation
-        has a tuple of linear layers, in the order of the channels: `(("a", "b"), "norm")`.
-      epsilon: that of the batch norms; a Python number ≥ 0. Where they differ, fold those of each
-        epsilon in a call of their own.
-      padding: that of the convolutions behind a batch norm, as for `fold_into_conv`.
+        second. The batch norm has `mean` and `var` in `batch_stats`, and the linear layer has a
+        `kernel`. A layer may be in one pair only. For a batch norm after a concatenation, give a
+        tuple of linear layers, in the order of the channels: `(("a", "b"), "norm")`.
+      epsilon: epsilon of the batch norms; a non-negative Python number. If they differ, fold those
+        with the same epsilon in one call each.
+      padding: padding of the convolutions after a batch norm, as for `fold_into_conv`.
 
     Returns:
-      A new tree, of the same types, in which the linear layers have a new `kernel` and `bias`, and
-      neither the batch norms nor what would be empty without them is left. The rest is the same.
+      A new tree of the same types. The linear layers have a new `kernel` and `bias`. The batch
+        norms are removed, and so are mappings that they leave empty. The rest is unchanged.
 
     Raises:
-      TypeError: `variables` is no mapping, `pairs` no pairs of strings, or as `fold_into_conv`.
-      ValueError: a collection or a path is not there, a pair has no batch norm or two, or no
+      TypeError: `variables` is not a mapping, or `pairs` are not pairs of strings; see also
+        `fold_into_conv`.
+      ValueError: a collection or a path is missing, a pair has no batch norm, two batch norms or no
         kernel, a layer is in two pairs, a kernel is not used as it is stored, a running variance is
-        negative, statistics or results are not finite (where they are not traced), or as
+        negative, or statistics or results are not finite (unless traced); see also
         `fold_into_conv`.
 
-    Example:
+    Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn
       >>> class Model(nn.Module):
       ...     folded: bool = False
@@ -92,7 +93,7 @@ def fold_variables(
       True
 
     References:
-      `torch.nn.utils.fusion`; `docs/folding.md`.
+      `torch.nn.utils.fusion`.
     """
     linears, norms = _layers(variables)
     checked = [
@@ -110,7 +111,7 @@ def fold_variables(
         pair.before and jnp.ndim(linears[pair.linear]["kernel"]) > 2 for pair in checked
     ):
         raise ValueError(
-            "`padding` makes a difference only where a batch norm comes before a convolution; got "
+            "`padding` has an effect only if a batch norm comes before a convolution; got "
             f"padding={padding!r} and no such pair. Leave it out."
         )
     layers = [(linears[pair.linear], norms[pair.norm]) for pair in checked]
@@ -120,7 +121,7 @@ def fold_variables(
         return [_fold(*each, pair, epsilon, padding) for each, pair in with_layers]
 
     known = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(layers))
-    # Compiled whole, since one by one the operations of a network take a compiler long.
+    # Compiled as a whole: compiling the operations of a network one by one takes long.
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
         results = jax.jit(folded)(layers)
     for (new, wrong), pair in zip(results, checked, strict=True):
@@ -135,7 +136,7 @@ def fold_variables(
 
 
 def _layers(variables: Tree) -> tuple[dict[str, Tree], dict[str, Tree]]:
-    """The variables of linear layers and of batch norms by their paths."""
+    """The variables of linear layers and of batch norms, by path."""
     if not isinstance(variables, Mapping):
         raise TypeError(
             "`variables` must be a mapping of collections, as `model.init` returns it; got "
@@ -154,7 +155,7 @@ def _layers(variables: Tree) -> tuple[dict[str, Tree], dict[str, Tree]]:
 
 
 def _modules(tree: Tree, parents: tuple[str, ...] = ()) -> Iterator[tuple[str, Tree]]:
-    """Each mapping inside the tree, under its path."""
+    """Each mapping inside the tree, with its path."""
     for key, node in tree.items():
         if isinstance(node, Mapping):
             path = (*parents, str(key))
@@ -163,7 +164,7 @@ def _modules(tree: Tree, parents: tuple[str, ...] = ()) -> Iterator[tuple[str, T
 
 
 def _once_each(pairs: Pairs) -> list[tuple[Paths, str]]:
-    """The pairs as a list, in which no path comes twice."""
+    """The pairs as a list. No path may occur twice."""
     listed = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
     for pair in listed:
         strings = isinstance(pair, Sequence) and all(
@@ -180,9 +181,9 @@ def _once_each(pairs: Pairs) -> list[tuple[Paths, str]]:
     for path in paths:
         if paths.count(path) > 1:
             raise ValueError(
-                f"A layer may come once in `pairs`; {path!r} comes twice. Fold the batch norms "
-                "before and behind a layer in two calls; a layer that feeds two batch norms "
-                "cannot take in either. " + CONCATENATION
+                f"A layer may occur once in `pairs`; {path!r} occurs twice. Fold the batch norms "
+                "before and after a layer in two calls. A layer that feeds two batch norms cannot "
+                "absorb either. " + CONCATENATION
             )
     return listed
 
@@ -239,9 +240,9 @@ def _leaves(variables: Tree) -> Iterator[tuple[str, list[str]]]:
 
 
 def _check_kernel_is_used(leaves: Iterable[tuple[str, list[str]]], linear: str) -> None:
-    """Refuses a layer with variables that its kernel is computed from, or with.
+    """Refuses a layer with variables that its kernel is computed from, or used with.
 
-    A wrapper without variables of its own, `nn.WeightNorm(…, use_scale=False)`, does not show.
+    A wrapper without variables of its own, `nn.WeightNorm(…, use_scale=False)`, cannot be detected.
     """
     own, layer = f"{linear}/", linear.split("/")
     others = []
@@ -252,10 +253,10 @@ def _check_kernel_is_used(leaves: Iterable[tuple[str, list[str]]], linear: str) 
         if "/".join(names).startswith(own):
             wanted = collection == "params" and name in ("kernel", "bias")
             others += [] if wanted and len(names) == len(layer) + 1 else [name]
-        # Linen's wrappers name what they hold after the parameter: "conv/kernel/scale".
+        # Linen's wrappers name their variables after the parameter: "conv/kernel/scale".
         elif "/".join([*parents[:-1], name]).startswith(f"{own}kernel/"):
             others.append(name)
-    others += [name for name in layer if name in ("layer_instance", "base_module")]  # NNX wraps it
+    others += [name for name in layer if name in ("layer_instance", "base_module")]  # of NNX
     if others:
         raise ValueError(
             f"A layer must use its `kernel` as it is stored; got {linear!r} with "
@@ -279,7 +280,7 @@ def _fold(
         if jnp.ndim(kernel) == 2:
             new = fold_into_dense(*arrays, epsilon=epsilon, before=before)
         else:
-            # A kernel has all outputs along O, whatever the groups, but the inputs of one along I.
+            # With groups, a kernel has all outputs along O, but the inputs of one group along I.
             one = jnp.shape(kernel)[-2] if before and jnp.ndim(kernel) > 2 else jnp.size(mean)
             new = fold_into_conv(
                 *arrays,
@@ -290,7 +291,7 @@ def _fold(
                 padding=padding if before else None,
             )
     except (TypeError, ValueError) as error:
-        error.add_note(f"This was to fold {pair.norm!r} into {pair.linear!r}.")
+        error.add_note(_note(pair))
         if (
             not before
             and pair.channels is None
@@ -304,6 +305,10 @@ def _fold(
     return dict(zip(("kernel", "bias"), new, strict=True)), [jnp.sum(~valid) for valid in finite]
 
 
+def _note(pair: _Pair) -> str:
+    return f"This happened while folding {pair.norm!r} into {pair.linear!r}."
+
+
 REQUIREMENTS = (
     "The running mean must be finite",
     "The running variance must be finite and not negative",
@@ -313,19 +318,19 @@ REQUIREMENTS = (
 
 
 def _check(wrong: list[jax.Array], values: Sequence[Any], pair: _Pair) -> None:
-    """Refuses values where they are known: a network of NaNs would not say why."""
+    """Refuses invalid values if they are known: a network of NaNs would not say why."""
     for requirement, count, value in zip(REQUIREMENTS, wrong, values, strict=True):
         if count:
             error = ValueError(
                 f"{requirement.format(value)}; got {count} of {jnp.size(value)} values that are "
                 "not."
             )
-            error.add_note(f"This was to fold {pair.norm!r} into {pair.linear!r}.")
+            error.add_note(_note(pair))
             raise error
 
 
 def _with(tree: Any, path: Sequence[str], node: Tree) -> Any:
-    """`tree` with `node` at `path`; where that is empty, without it and what it leaves empty."""
+    """`tree` with `node` at `path`. An empty node is removed, and mappings that it leaves empty."""
     if not path:
         return type(tree)(node)
     branches = {}

@@ -1,7 +1,7 @@
-"""Equinox modules: they own the parameters, keep the state and call the functions of `jaxbn`.
+"""Equinox modules: they own the parameters, store the state and call the functions of `jaxbn`.
 
-`BatchNorm` has the constructor, the call and the state of `equinox.nn.BatchNorm`. Equinox comes
-with `pip install 'jaxbn[equinox]'`.
+`BatchNorm` has the constructor, the call and the state of `equinox.nn.BatchNorm`. To install
+Equinox, use `pip install 'jaxbn[equinox]'`.
 """
 
 from jaxbn import _extras

@@ -33,64 +33,67 @@ class BatchNorm(eqx.nn.StatefulLayer):
                    var'  = (1 − w)·var  + w·Var[x]
         inference  y = (x − mean) · weight / √(var + eps) + bias
 
-    The layer takes one sample, with the channels first, under `jax.vmap` with an axis name; the
+    The layer takes one sample, with the channels first, under `jax.vmap` with an axis name. The
     samples along that axis are the batch. `batched` takes a whole batch.
 
-    `momentum` is Equinox's: the weight of the **old** statistics. `mode` says how the statistics
-    start and which state keeps them, so that checkpoints of Equinox load in the same mode:
+    `momentum` is Equinox's: the weight of the **old** statistics. `mode` selects how the statistics
+    start, and how the state stores them. Checkpoints of Equinox load in the same mode:
 
         mode="batch"   the t-th batch has w = (1 − momentum) / (1 − momentum**t);
                        the state is a counter, and the averages times 1 − momentum**counter
         mode="ema"     the first batch has w = 1, all others w = 1 − momentum;
                        the state is whether no batch has come, and the averages
 
-    In both modes the first batch replaces the initial mean of 0 and variance of 1. A channel that
-    is masked in all of the first batch keeps them, as if they were its first batch. A batch that is
-    masked everywhere is not counted.
+    In both modes, the first batch replaces the initial mean of 0 and variance of 1. A channel that
+    is masked throughout the first batch keeps them, as if they were its first batch. A batch that
+    is masked throughout is not counted.
 
     The layer differs from Equinox's in these points:
 
-    - The running variance has no share of the initial one. Equinox's has in mode "batch", for
-      hundreds of batches.
-    - In mode "ema", too, a training batch is normalized by its own moments. Equinox takes the
-      running statistics.
-    - The default mode is "batch". Equinox's is "ema", with a warning.
+    - The running variance has no share of the initial variance. In Equinox's mode "batch", it has
+      one for hundreds of batches.
+    - A training batch is normalized by its own moments, in mode "ema", too. Equinox uses the
+      running statistics there.
+    - The default mode is "batch". In Equinox, it is "ema", with a warning.
     - The computation is at least float32, and the output has the dtype of `x`.
-    - One value per channel is an error in training.
+    - One value per channel is an error in training mode.
     - Before the first batch, inference in mode "ema" uses a mean of 0 and a variance of 1.
 
     Attributes:
       weight: γ, shape `[C]`, or None.
       bias: β, shape `[C]`, or None.
-      ema_first_time_index, ema_state_index: the `StateIndex`es of mode "ema", else None.
-      batch_counter, batch_state_index: those of mode "batch", else None. For either mode
-        `jaxbn.interop.from_equinox` gives the state as `BatchStats`.
+      ema_first_time_index: `StateIndex` of the flag of mode "ema"; None in mode "batch".
+      ema_state_index: `StateIndex` of the averages of mode "ema"; None in mode "batch".
+      batch_counter: `StateIndex` of the counter of mode "batch"; None in mode "ema".
+      batch_state_index: `StateIndex` of the averages of mode "batch"; None in mode "ema". In either
+        mode, `jaxbn.interop.from_equinox` converts the state to `BatchStats`.
 
     Args:
-      input_size: the number of channels, C.
-      axis_name: the axis of `jax.vmap` that is the batch; a tuple or a list names more axes, of
-        `jax.pmap` or `jax.shard_map` too. None for a layer that is called by `batched` in training.
+      input_size: number of channels, C.
+      axis_name: name of the axis of `jax.vmap` that is the batch. A tuple or a list names more
+        axes, also of `jax.pmap` or `jax.shard_map`. None if training mode uses `batched` only.
       eps: added to the variance inside the square root.
-      channelwise_affine: whether there are `weight` and `bias`.
-      momentum: weight of the old running statistics, in [0, 1).
-      inference: whether to normalize by the running statistics, unless the call says;
-        `equinox.nn.inference_mode` sets it.
-      dtype: dtype of `weight` and `bias`; None for JAX's default float. The statistics have it
-        too, but are at least float32.
+      channelwise_affine: whether there are a `weight` and a `bias`.
+      momentum: weight of the **old** running statistics, in [0, 1).
+      inference: whether to normalize by the running statistics (inference mode).
+        `equinox.nn.inference_mode` sets it. A value in the call takes precedence.
+      dtype: dtype of `weight` and `bias`; None for JAX's default float. The running statistics have
+        it, too, but are at least float32.
       mode: "batch" or "ema".
-      activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function,
-        such as a module, whose parameters are then part of the layer.
-      skip_nonfinite: keep the statistics of a channel if the batch has NaN or infinity in it.
+      activation: None, "relu", "leaky_relu", "silu" or "gelu" (as in `jax.nn`), or a function that
+        keeps the shape. If it is a module, its parameters are part of the layer.
+      skip_nonfinite: whether a channel keeps its running statistics if the batch has NaN or
+        infinity in it.
 
     Raises:
-      TypeError: an argument or the input is of a wrong type, or the state is narrower than float32.
-      ValueError: see `jaxbn.batch_normalize`; a number or `mode` is out of range; `axis_name` is
-        None in a training call of one sample.
-      NameError: `axis_name` is not bound, in training.
-      NotImplementedError: `axis_name` is one of `jax.vmap` inside of `jax.shard_map` with
+      TypeError: an argument or the input has a wrong type, or the state is narrower than float32.
+      ValueError: a number or `mode` is out of range, or `axis_name` is None when training mode
+        calls the layer with one sample; see also `jaxbn.batch_normalize`.
+      NameError: `axis_name` is not bound, in training mode.
+      NotImplementedError: `axis_name` is an axis of `jax.vmap` inside `jax.shard_map` with
         `check_vma=True`.
 
-    Example:
+    Examples:
       >>> import equinox as eqx, jax, jax.numpy as jnp
       >>> from jaxbn.equinox import BatchNorm
       >>> layer, state = eqx.nn.make_with_state(BatchNorm)(2, "batch")
@@ -175,21 +178,21 @@ class BatchNorm(eqx.nn.StatefulLayer):
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
     ) -> tuple[jax.Array, eqx.nn.State]:
-        """Normalizes one sample, in training by the moments of all samples along `axis_name`.
+        """Normalizes one sample, in training mode by the moments of all samples along `axis_name`.
 
         Args:
-          x: a sample, shape `[C, *spatial]`.
+          x: a sample, shape `[C, *spatial]`; float16, bfloat16, float32 or float64.
           state: holds the running statistics.
-          key: not used, as in Equinox, whose containers pass one to every layer.
-          inference: whether to normalize by the running statistics; None for the layer's own
-            `inference`.
-          mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even
-            NaN, never affect a result or a derivative; the output there is zero.
-          residual: added before the activation; in the shape and the dtype of `x`.
+          key: not used. Containers of Equinox pass a key to every layer.
+          inference: whether to normalize by the running statistics; None for the `inference` of the
+            layer.
+          mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
+            never affect a result or a derivative; the output there is zero.
+          residual: added before the activation; shape and dtype of `x`.
 
         Returns:
           `(y, state)`: `activation(normalized + residual)` in the shape and the dtype of `x`, and
-          the state with the new running statistics, the same for all samples.
+            the state with the new running statistics, which is the same for all samples.
         """
         del key
         inference = self._mode(inference)
@@ -213,20 +216,26 @@ class BatchNorm(eqx.nn.StatefulLayer):
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
     ) -> tuple[jax.Array, eqx.nn.State]:
-        """Normalizes a whole batch, in training by its own moments: no `jax.vmap` around it.
+        """Normalizes a whole batch, in training mode by its own moments, without `jax.vmap`.
 
         Args:
-          x: a batch, shape `[N, C, *spatial]` or any layout with the channels at `axis`.
+          x: a batch, shape `[N, C, *spatial]`, or any layout with the channels at `axis`; float16,
+            bfloat16, float32 or float64.
           state: holds the running statistics.
-          axis: the channel axis of `x`.
-          axis_name: mapped axis of devices, or a tuple of such, that share a batch in training.
-            The `axis_name` of the layer is for single samples, and not used here.
-          inference: as in a call with one sample; so are `mask` and `residual`.
-          mask: broadcasts against the whole `x`: of one value per sample in `[N, C]`, `[N, 1]`.
-          residual: in the shape and the dtype of `x`.
+          axis: channel axis of `x`; all other axes are reduced.
+          axis_name: name of a mapped axis of `jax.vmap`, `jax.pmap` or `jax.shard_map`, or a tuple
+            of names. In training mode, the batch then extends over all devices along it. The
+            `axis_name` of the layer is for single samples, and is not used here.
+          inference: whether to normalize by the running statistics; None for the `inference` of the
+            layer.
+          mask: True, or 1, where a value counts; broadcasts against the whole `x`. With `x` of
+            shape `[N, C]`, one value per sample has shape `[N, 1]`. Masked entries, even NaN, never
+            affect a result or a derivative; the output there is zero.
+          residual: added before the activation; shape and dtype of `x`.
 
         Returns:
-          `(y, state)`, as a call with one sample.
+          `(y, state)`: `activation(normalized + residual)` in the shape and the dtype of `x`, and
+            the state with the new running statistics.
         """
         options = {"axis": axis, "mask": mask, "residual": residual}
         return self._run(x, state, self._mode(inference), axis_name, options)
@@ -254,19 +263,19 @@ class BatchNorm(eqx.nn.StatefulLayer):
 
     @property
     def _indices(self) -> tuple[Any, Any]:
-        """Those of the counter, or of the flag, and of the averages."""
+        """The indices of the counter, or of the flag, and of the averages."""
         if self.mode == "ema":
             return self.ema_first_time_index, self.ema_state_index
         return self.batch_counter, self.batch_state_index
 
     def _weights(self, stats: BatchStats) -> jax.Array:
-        """What the averages are multiplied by in the state."""
+        """The factor of the averages in the state."""
         if self.mode == "ema":
             return jnp.ones((), stats.mean.dtype)
         return sum_of_weights(stats, self.momentum)
 
     def _stats(self, state: eqx.nn.State) -> BatchStats:
-        """The running statistics; in mode "ema" the count is 0 or 1, for any number of batches."""
+        """The running statistics. In mode "ema", `count` is 0, and 1 after one or more batches."""
         counter, (mean, var) = (state.get(index) for index in self._indices)
         count = jnp.logical_not(counter).astype("int32") if self.mode == "ema" else counter
         stats = checked_stats(BatchStats(mean, var, count))
@@ -283,7 +292,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
             unbiased=False,
             skip_nonfinite=self.skip_nonfinite,
         )
-        # A batch that is masked everywhere is none: another will be the first.
+        # A batch that is masked throughout does not count, so a later one is the first.
         counted = (new.count > stats.count) & (moments.count > 0).any()
         new = new._replace(count=jnp.where(counted, stats.count + 1, stats.count))
         weights = self._weights(new)

@@ -1,7 +1,10 @@
 """Flax Linen modules: they own the variables and call the functions of `jaxbn`.
 
-`BatchNorm` has the constructor and the conventions of `flax.linen.BatchNorm`; `BatchNorm1d`,
-`BatchNorm2d` and `BatchNorm3d` have those of torch. Flax comes with `pip install 'jaxbn[flax]'`.
+`BatchNorm` has the constructor and the conventions of `flax.linen.BatchNorm`. `BatchNorm1d`,
+`BatchNorm2d` and `BatchNorm3d` have those of torch. Other functions work on whole models:
+conversion, recalibration and diagnosis.
+
+Flax comes with `pip install 'jaxbn[flax]'`.
 """
 
 from jaxbn import _extras

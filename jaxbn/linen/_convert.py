@@ -1,4 +1,4 @@
-"""Models that name Flax's own batch norm: jaxbn computes it, on the same variables."""
+"""Conversion of models that use Flax's batch norm: jaxbn computes it, on the same variables."""
 
 import contextlib
 import dataclasses
@@ -11,12 +11,13 @@ import flax.linen as nn
 import jax
 from flax.core import Scope
 
+from jaxbn._flax.layer import name_of
 from jaxbn.linen import _flax
 
 Model = TypeVar("Model", bound=nn.Module)
 
 OF_MODULES = {"parent", "name"}
-# These fields say which variables there are; a model keeps those that it has.
+# These fields determine the variables. A model keeps its variables.
 OF_VARIABLES = {
     *("use_scale", "use_bias", "scale_init", "bias_init", "param_dtype"),
     *("force_float32_reductions", "num_domains", "shared_affine"),
@@ -25,7 +26,7 @@ Context = nn.module.InterceptorContext
 
 FIELDS = {field.name for field in dataclasses.fields(_flax.BatchNorm)} - OF_MODULES
 
-# The conversion in force. Programs of `jax.jit` are compiled for one of them.
+# The current conversion. `jax.jit` compiles a program for each of them.
 active: Any = jax.make_user_context(None)
 
 
@@ -33,24 +34,24 @@ active: Any = jax.make_user_context(None)
 def converted(
     *, classes: Collection[type[nn.Module]] = (nn.BatchNorm,), **fields: Any
 ) -> Iterator[None]:
-    """Context in which `jaxbn.linen.BatchNorm` computes every `flax.linen.BatchNorm`.
+    """Context manager in which jaxbn computes every `flax.linen.BatchNorm`.
 
-    This is for models that one cannot edit. Variables and checkpoints stay as they are. A program
-    of `jax.jit` that was compiled outside of the context is compiled anew in it. The inner one of
-    nested contexts counts.
+    Use it for models that you cannot edit. Variables and checkpoints stay as they are. A program of
+    `jax.jit` that was compiled outside the context is compiled again inside. In nested contexts,
+    the innermost one applies.
 
     Args:
-      classes: which classes stand for Flax's: copies of it, subclasses that change nothing but
-        defaults, or `jaxbn.linen.BatchNorm` itself. A module is converted if it is of one of these
-        classes exactly. Fields that a class does not have are at Flax's defaults. A class that is
-        not Flax's makes its variables itself in initialization.
-      **fields: fields of `jaxbn.linen.BatchNorm` that are set in all modules, such as `axis_name`,
+      classes: classes to convert: Flax's own, copies of it, subclasses that change nothing but
+        defaults, or `jaxbn.linen.BatchNorm` itself. A module is converted if its class is exactly
+        one of these. Fields that a class lacks take Flax's defaults. A class that is not Flax's
+        creates its variables itself in initialization.
+      **fields: fields of `jaxbn.linen.BatchNorm` to set in all modules, such as `axis_name`,
         `virtual_batch_size`, `skip_nonfinite` or `renorm`.
 
     Raises:
       ValueError: `jaxbn.linen.BatchNorm` lacks one of `fields`, or a field of one of the classes.
 
-    Example:
+    Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
       >>> from jaxbn.linen import converted
       >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False)])
@@ -72,11 +73,11 @@ def converted(
 def convert(
     model: Model, *, classes: Collection[type[nn.Module]] = (nn.BatchNorm,), **fields: Any
 ) -> Model:
-    """A copy of a model whose methods run in the context `converted`.
+    """Returns a copy of a model in which jaxbn computes every `flax.linen.BatchNorm`.
 
-    It is of a subclass of the model's class, with the same name, fields, variables and checkpoints.
-    `init`, `apply`, `bind`, `tabulate` and each method of the model compute batch norms by jaxbn.
-    It may be a part of another model.
+    All methods of the copy run in the context of `converted`: `init`, `apply`, `bind`, `tabulate`
+    and the methods of the model. The class of the copy is a subclass of the model's class, with the
+    same name, fields, variables and checkpoints. The copy may be part of another model.
 
     Args:
       model: a Linen module that is not bound to variables.
@@ -87,10 +88,10 @@ def convert(
       The copy.
 
     Raises:
-      ValueError: the model is bound, or part of another; see `converted`. `init` and `apply` of the
-        copy raise it if all batch norms are of other classes.
+      ValueError: the model is bound, or part of another; see also `converted`. `init` and `apply`
+        of the copy raise it if all batch norms have other classes.
 
-    Example:
+    Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
       >>> import jaxbn.linen
       >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])
@@ -98,12 +99,15 @@ def convert(
       >>> y, variables = model.init_with_output(jax.random.key(0), jnp.ones((4, 2)))
       >>> sorted(variables["params"]["layers_1"])
       ['bias', 'scale']
+
+    References:
+      `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
     if not isinstance(model, nn.Module) or model.parent is not None:
         raise ValueError(
             "`model` must be a Linen module that is neither bound nor made inside of another; got "
             f"{type(model).__name__}. Inside of a model use `with jaxbn.linen.converted():`, for "
-            "NNX jaxbn.nnx.convert."
+            "NNX models jaxbn.nnx.convert."
         )
     kind, earlier = _origin(type(model))
     conversion = _conversion(classes, fields)
@@ -119,7 +123,7 @@ def convert(
 
 
 def _origin(kind: Any) -> Any:
-    """The class that `_subclass` was called for, and with which conversion, if it was."""
+    """The class that `_subclass` was called for, and its conversion, if it was."""
     return vars(kind).get("converted_from", (kind, None))
 
 
@@ -150,11 +154,11 @@ def _subclass(kind: type[nn.Module], conversion: "Conversion") -> type[Any]:
 
 
 def _checked(method: Callable[..., Any], conversion: "Conversion") -> Callable[..., Any]:
-    """The method, which refuses a model whose batch norms are all of other classes."""
+    """The method, which refuses a model whose batch norms all have other classes."""
 
     @nn.nowrap
     def checked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if active.value is not None:  # inside of another call, whose interceptors come first
+        if active.value is not None:  # inside another call, whose interceptors come first
             return method(self, *args, **kwargs)
         met = set()
 
@@ -166,14 +170,14 @@ def _checked(method: Callable[..., Any], conversion: "Conversion") -> Callable[.
             result = method(self, *args, **kwargs)
         met = {kind for kind in met if kind.__module__ != nn.transforms.__name__}  # lifted ones
         others = [
-            _name(kind)
+            name_of(kind)
             for kind in met
             if "BatchNorm" in kind.__name__ or issubclass(kind, (*conversion.classes,))
         ]
         if others and not met & conversion.classes:
             raise ValueError(
                 "`classes` must name the batch norms of the model; got "
-                f"{', '.join(map(_name, conversion.classes))} for one with "
+                f"{', '.join(map(name_of, conversion.classes))} for one with "
                 f"{', '.join(sorted(others))}."
             )
         return result
@@ -181,12 +185,8 @@ def _checked(method: Callable[..., Any], conversion: "Conversion") -> Callable[.
     return checked
 
 
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 class Identical:
-    """Stands for a value without hash in a key; it equals what is the same object."""
+    """Stands for an unhashable value in a key. It equals only the same object."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -210,7 +210,7 @@ def _key(value: Any) -> Hashable:
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """An interceptor for Linen: computes the modules of some classes by jaxbn."""
+    """An interceptor for Linen that computes the modules of some classes by jaxbn."""
 
     classes: frozenset[type[nn.Module]]
     key: Hashable
@@ -226,9 +226,9 @@ class Conversion:
             return next_fun(*args, **kwargs)
         fields = _fields(module, kind) | self.fields
         if module.is_initializing() and kind is not nn.BatchNorm:
-            next_fun(*args, **kwargs)  # makes the variables in its own way
+            next_fun(*args, **kwargs)  # creates the variables in its own way
         layer = _flax.BatchNorm(**fields, parent=None)
-        # Without what Linen wraps around a method: it is around the call of `module` already.
+        # Without Linen's wrapper, which is already around the call of `module`.
         compute = inspect.unwrap(_flax.BatchNorm.__call__)
         return compute(BatchNorm(layer, scope.rewound()), *args, **kwargs)
 
@@ -237,8 +237,8 @@ def _conversion(classes: Collection[type[nn.Module]], fields: dict[str, Any]) ->
     names = FIELDS - OF_VARIABLES
     if unknown := [name for name in fields if name not in names]:
         raise ValueError(
-            "`fields` must be among those of jaxbn.linen.BatchNorm that say nothing of its "
-            f"variables, {', '.join(sorted(names))}; got {', '.join(unknown)}."
+            "`fields` must be fields of jaxbn.linen.BatchNorm that do not determine its "
+            f"variables: {', '.join(sorted(names))}; got {', '.join(unknown)}."
         )
     return Conversion(frozenset(classes), _key(sorted(fields.items())), fields)
 
@@ -248,16 +248,16 @@ def _fields(module: nn.Module, kind: type) -> dict[str, Any]:
     if unknown := [name for name in names - FIELDS if not name.endswith("_init")]:
         raise ValueError(
             "A class in `classes` must have no fields but Flax's and initializers; "
-            f"{_name(kind)} also has "
-            f"{', '.join(sorted(unknown))}, of which jaxbn.linen.BatchNorm knows nothing."
+            f"{name_of(kind)} also has "
+            f"{', '.join(sorted(unknown))}, which jaxbn.linen.BatchNorm lacks."
         )
-    if kind is not nn.BatchNorm:  # it has made its variables
+    if kind is not nn.BatchNorm:  # it has created its variables
         names = {name for name in names if not name.endswith("_init")}
     return {name: getattr(module, name) for name in names & FIELDS}
 
 
 class BatchNorm:
-    """A `jaxbn.linen.BatchNorm` that has its variables in the scope of another module."""
+    """A `jaxbn.linen.BatchNorm` with its variables in the scope of another module."""
 
     def __init__(self, layer: _flax.BatchNorm, scope: Scope) -> None:
         self.layer, self.scope = layer, scope

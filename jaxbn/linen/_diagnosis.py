@@ -1,4 +1,4 @@
-"""Diagnosis of Linen models: batches go through both modes, and layers merge their moments."""
+"""Diagnosis of Linen models: batches run in both modes, and layers merge their moments."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,21 +21,21 @@ def report(apply: Apply, variables: Mapping[str, Any], batches: Any) -> Report:
     """Compares the running statistics of each batch norm of a model with batches.
 
     Args:
-      apply: a function `(variables, batch, train, mutable) -> (outputs, updates)` that calls
-        `model.apply` as training does: `lambda variables, batch, train, mutable: model.apply(
-        variables, batch["image"], train=train, mutable=mutable)`, with masks and keys of dropout.
-      variables: the collections `params` and `batch_stats`; they stay as they are.
+      apply: function `(variables, batch, train, mutable) -> (outputs, updates)` that calls
+        `model.apply` as training does, with masks and random keys: `lambda variables, batch, train,
+        mutable: model.apply(variables, batch["image"], train=train, mutable=mutable)`.
+      variables: the collections `params` and `batch_stats`, which do not change.
       batches: training batches: a list or another iterable of batches, or one batch, which is an
-        array, a tuple or a dict. Each goes through the model in training mode.
+        array, a tuple or a dict. Each runs through the model in training mode.
 
     Returns:
-      A `Report`: for each path a `LayerReport`, in the order of the network; `str` makes a table.
+      A `Report`: for each path a `LayerReport`, in the order of the network. `str` makes a table.
 
     Raises:
-      ValueError: a collection is not there, `batches` are none, or `apply` does not return the
+      ValueError: a collection is missing, `batches` are empty, or `apply` does not return the
         updates of the collections in `mutable`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxbn.linen
       >>> model = jaxbn.linen.BatchNorm()
       >>> x = 3 + jax.random.normal(jax.random.key(0), (64, 2))
@@ -62,23 +62,24 @@ def explain_gap(
     *,
     scores: tuple[float, float] | None = None,
 ) -> Explanation:
-    """Says why a model differs between training mode and inference mode, and what to do.
+    """Explains why a model differs between training mode and inference mode, and what to do.
 
     Args:
       apply: as for `report`.
       variables: as for `report`.
-      batches: as for `report`. Give five or more, in the order of training and with the newest
-        last: some faults show only between batches.
-      evaluation: batches of the evaluation, if these are others.
-      scores: accuracy or loss in training mode and in inference mode, to be told.
+      batches: as for `report`. Some faults show only between batches, so give five or more, in the
+        order of training and with the newest last.
+      evaluation: batches of the evaluation, if they differ from `batches`.
+      scores: accuracy or loss in training mode and in inference mode. They appear in the text, and
+        a difference between them makes the search more sensitive.
 
     Returns:
-      An `Explanation`, a tuple of `Finding`: empty where nothing is wrong. `str` tells it in words.
+      An `Explanation`, a tuple of `Finding`, empty if nothing is wrong. `str` gives it in words.
 
     Raises:
-      ValueError: as for `report`.
+      ValueError: see `report`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxbn.linen
       >>> model = jaxbn.linen.BatchNorm()
       >>> x = 3 + jax.random.normal(jax.random.key(0), (8, 64, 2))
@@ -106,7 +107,7 @@ def explain_gap(
 
 
 class _Seen:
-    """What is seen of a model while batches go through it."""
+    """What is seen of a model while batches run through it."""
 
     def __init__(self, apply: Apply, variables: Mapping[str, Any]) -> None:
         check_collections(variables)
@@ -124,7 +125,7 @@ class _Seen:
         return found
 
     def _check(self, found: list[Any]) -> None:
-        """Refuses layers that tell nothing of the batches."""
+        """Refuses layers that report no moments."""
         counts = [{k: v["count"] for k, v in layers_in(moments).items()} for moments in found]
         silent = [
             path
@@ -135,13 +136,13 @@ class _Seen:
         if silent:
             raise ValueError(
                 "Each batch norm must be one of jaxbn.linen and get values; got others or none for "
-                f"{', '.join(map(repr, silent))}. Convert the model by jaxbn.linen.convert."
+                f"{', '.join(map(repr, silent))}. Convert the model with jaxbn.linen.convert."
             )
 
     def _collect(self, variables: Mapping[str, Any], batch: Any, train: bool) -> Any:
         def record(layer: nn.Module, by_batch: bool | None) -> None:
             self._record(layer, by_batch, batch, train)
-            if getattr(layer, "update_stats", None) is False:  # would merge none
+            if getattr(layer, "update_stats", None) is False:  # would merge no batch
                 object.__setattr__(layer, "update_stats", None)
 
         start = init_batch_moments(variables["batch_stats"])
@@ -149,7 +150,7 @@ class _Seen:
         return moments_of(self.apply, given, batch, train, record)
 
     def _record(self, layer: nn.Module, by_batch: bool | None, batch: Any, train: bool) -> None:
-        path = "/".join(layer.path).replace(".", "/")  # as the paths of variables are split
+        path = "/".join(layer.path).replace(".", "/")  # paths of variables are split so
         self.by_batch[path, train] = by_batch
         both = self.by_batch.get((path, True)), self.by_batch.get((path, False))
         samples = self.settings[path].samples if path in self.settings else None

@@ -35,59 +35,76 @@ class BatchNorm(nn.Module):
                    var'  = momentum·var  + (1 − momentum)·Var[x]
         inference  y = (x − mean) · scale / √(var + epsilon) + bias
 
-    `momentum` is Flax's: the weight of the **old** statistics, 0.99 to keep 99 %.
+    `momentum` is Flax's: the weight of the **old** statistics. 0.99 keeps 99 %.
 
-    Variables: `params` holds `scale` and `bias`, `batch_stats` holds `mean` and `var`, all of shape
-    `[C]`, as Flax names and stores them, so its checkpoints read unchanged. Initialization leaves
-    the statistics at mean 0 and variance 1. Complex input has a complex mean and a real variance,
-    `E[|x − E[x]|²]`.
+    Variables: `params` holds `scale` and `bias`, and `batch_stats` holds `mean` and `var`, all of
+    shape `[C]`. Names and formats are Flax's, so checkpoints of Flax load unchanged. Initialization
+    leaves the running statistics at mean 0 and variance 1. Complex input has a complex mean and a
+    real variance, `E[|x − E[x]|²]`.
 
-    It differs from Flax where Flax's numbers are wrong: the variance does not cancel under a large
-    mean, no gradient flows into the statistics, one value per channel in training is an error, an
-    empty batch leaves the statistics as they were, masked entries put out zero, whatever stands
-    there, and statistics keep their dtype, which is never narrower than float32.
+    The layer differs from Flax's where Flax's numbers are wrong:
 
-    Attributes:
-      use_running_average: whether to normalize by the running statistics (inference); given either
-        here or in the call. In the call it may be a traced bool; `batch_stats` must then be
-        mutable in inference too.
-      axis: the channel axis of the input, or several: the variables then have a shape with as many
-        dimensions.
-      momentum: weight of the old running statistics, between 0 and 1.
+    - The variance stays exact if the mean is large.
+    - No gradient flows into the running statistics.
+    - One value per channel in training mode is an error.
+    - An empty batch leaves the running statistics unchanged.
+    - The output is zero where the input is masked.
+    - The running statistics keep their dtype, which is at least float32.
+
+    Args:
+      use_running_average: whether to normalize by the running statistics (inference mode). Give it
+        either here or in the call. In the call, it may be a traced bool; `batch_stats` must then be
+        mutable in inference mode, too.
+      axis: channel axis of the input, or a sequence of channel axes. With several, the variables
+        have one dimension for each.
+      momentum: weight of the **old** running statistics, between 0 and 1.
       epsilon: added to the variance inside the square root.
-      dtype: dtype of the output; None for the promotion of the input's and the parameters' dtypes.
-        The computation is at least float32 in any case.
+      dtype: dtype of the output; None for the promoted dtype of the input and the parameters. The
+        computation is at least float32 in either case.
       param_dtype: dtype of `scale` and `bias`.
       use_bias: whether there is a `bias`.
       use_scale: whether there is a `scale`.
       bias_init: initializer of `bias`.
       scale_init: initializer of `scale`.
-      axis_name: name of a mapped axis of devices, or a tuple of names, over which the batch extends
-        in training. It need not be bound in initialization.
-      axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
-      use_fast_variance: without effect, for either value: the variance is as fast and exact.
-      force_float32_reductions: False stores the running statistics in `param_dtype` where that is
-        float64; reductions are at least float32 in any case.
-      activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function.
-      skip_nonfinite: keep the statistics of a channel if the batch has NaN or infinity in it.
-      virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
-        each normalized by itself: ghost batch norm. The running statistics take the merged moments.
-      update_stats: whether a batch goes into the running statistics; None for training mode alone.
-      train_affine: False stops the gradients of `scale` and `bias`.
-      frozen: whether to normalize by the running statistics and leave them, in every mode.
-      renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
-      num_domains: k for so many sets of statistics, `[k, C]`, for `domain` of the call.
-      shared_affine: whether domains share `scale` and `bias`; by default each has its own.
-      keep_output: whether training keeps the output for the backward pass in place of the input,
-        for the activations None and "leaky_relu"; see `jaxbn.batch_normalize`.
+      axis_name: name of a mapped axis of `jax.vmap`, `jax.pmap` or `jax.shard_map`, or a tuple of
+        names. In training mode, the batch then extends over all devices along it. It need not be
+        bound in initialization.
+      axis_index_groups: groups of indices along the one axis `axis_name`, such as
+        `[[0, 1], [2, 3]]`. Each group is a batch of its own.
+      use_fast_variance: has no effect: the variance is fast and exact in either case.
+      force_float32_reductions: False stores the running statistics in `param_dtype` if that is
+        float64. Reductions are at least float32 in either case.
+      activation: None, "relu", "leaky_relu", "silu" or "gelu" (as in `jax.nn`), or a function that
+        keeps the shape.
+      skip_nonfinite: whether a channel keeps its running statistics if the batch has NaN or
+        infinity in it; a bool, traced or not.
+      virtual_batch_size: number of neighboring samples that are normalized together in training
+        mode: ghost batch norm. With `axis_name`, it counts the samples on each device. The merged
+        moments go into the running statistics. None for the whole batch.
+      update_stats: whether the batch updates the running statistics; None means in training mode
+        only.
+      train_affine: whether gradients reach `scale` and `bias`.
+      frozen: whether the layer normalizes by its running statistics and never updates them, in
+        either mode.
+      renorm: batch renormalization (`jaxbn.Renorm`), which corrects the batch toward the running
+        statistics in training mode; None for batch norm.
+      num_domains: number k of sets of running statistics; `domain` in the call selects one. None
+        for one set.
+      shared_affine: whether all domains share `scale` and `bias`. By default, each domain has its
+        own.
+      keep_output: whether training mode keeps the output instead of the input for the backward
+        pass; see `jaxbn.batch_normalize`.
 
     Raises:
-      TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
-      ValueError: see `jaxbn.batch_norm`; `use_running_average` given twice or not at all.
-      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`; an activation, a
-        residual or groups for complex input.
+      TypeError: the input is bool, or is complex and `dtype` is not, or `axis` is not made of ints.
+      ValueError: `use_running_average` is given twice or not at all, or the input has other
+        channels than the variables; see also `jaxbn.batch_norm`.
+      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`, or `axis_name` is
+        an axis of `jax.vmap` inside `jax.shard_map` with `check_vma=True`; or complex input has an
+        activation, a residual, `virtual_batch_size`, `renorm`, `domain`, `keep_output` or
+        `update_stats`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from jaxbn.linen import BatchNorm
       >>> layer = BatchNorm(momentum=0.75)
@@ -140,22 +157,23 @@ class BatchNorm(nn.Module):
         bias: ArrayLike | None = None,
         domain: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes `x`, in training mode by its own statistics, which it then folds in.
+        """Normalizes `x`, in training mode by its own moments, and updates the running statistics.
 
         Args:
-          x: input, channels at `axis`.
-          use_running_average: see the attribute of this name.
-          mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even
-            NaN, never affect a result or a derivative; the output there is zero.
-          residual: added before the activation; in the shape of `x` and the dtype of the output.
-          scale: γ of this call, shape `[C]` or `[N, C]`, for a layer without one of its own:
+          x: input, with the channels at `axis`; floating point, complex or integer.
+          use_running_average: whether to normalize by the running statistics; give it either here
+            or in the constructor.
+          mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
+            never affect a result or a derivative; the output there is zero.
+          residual: added before the activation; shape of `x`, dtype of the output.
+          scale: γ for this call, shape `[C]` or `[N, C]`, if the layer has no `scale` of its own:
             conditional batch norm.
-          bias: β of this call, likewise.
-          domain: which set of statistics, for a layer with `num_domains`: an integer, or one for
-            each sample; traced or not.
+          bias: β for this call, shape `[C]` or `[N, C]`, if the layer has no `bias` of its own.
+          domain: which set of running statistics to use, for a layer with `num_domains`: an integer
+            for the batch, or one for each sample, shape `[N]`; traced or not.
 
         Returns:
-          `activation(normalized + residual)`, of the shape of `x`.
+          `activation(normalized + residual)`, in the shape of `x`.
         """
         x = checked_array(x, "x")
         features = tuple(x.shape[axis] for axis in feature_axes(self.axis, x.shape))

@@ -1,4 +1,4 @@
-"""Which mode the batch norms of a model are called in."""
+"""The mode in which the batch norms of a model are called."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,19 +8,19 @@ import flax.linen as nn
 from jaxbn.linen._flax import BatchNorm
 from jaxbn.linen._torch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-# Flax's own too, which may be converted.
+# Flax's own may be converted.
 LAYERS = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, nn.BatchNorm)
 
 
 def is_call(context: nn.module.InterceptorContext) -> bool:
-    """Whether a method that is intercepted is the call of a batch norm."""
+    """Whether an intercepted method is the call of a batch norm."""
     return isinstance(context.module, LAYERS) and context.method_name == "__call__"
 
 
 def normalizes_by_batch(
     layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> bool | None:
-    """Whether a call of a batch norm normalizes by the batch; None where that is traced."""
+    """Whether a call of a batch norm normalizes by the batch; None if that is traced."""
     if getattr(layer, "frozen", False):
         return False
     chosen = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)

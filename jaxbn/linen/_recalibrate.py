@@ -19,29 +19,29 @@ from jaxbn._stats import BatchStats
 from jaxbn._types import Number
 from jaxbn.linen._modes import is_call, normalizes_by_batch
 
-# `apply(variables, batch, train, mutable)` returns what `model.apply` does: output and updates.
+# `apply(variables, batch, train, mutable)` returns the output and the updates, as `model.apply`.
 Apply = Callable[[dict[str, Any], Any, bool, list[str]], tuple[Any, Mapping[str, Any]]]
 
 
 def init_batch_moments(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
-    """The collection `batch_moments` of a model before the first batch: moments of no samples.
+    """Makes the collection `batch_moments` before the first batch: moments of no samples.
 
         mean = 0        var = 0        count = 0
 
-    A batch norm of `jaxbn.linen` that finds its moments in the variables merges each batch into
-    them, in training and in inference, and leaves `batch_stats` to `update_batch_stats`.
+    A batch norm of `jaxbn.linen` with moments in the variables merges each batch into them, in
+    training mode and in inference mode. Its `batch_stats` do not change until `update_batch_stats`.
 
     Args:
-      batch_stats: the collection of this name. A batch norm is what has `mean` and `var` in it.
+      batch_stats: the collection of this name. A node with `mean` and `var` is a batch norm.
 
     Returns:
-      A nested dict with `mean`, `var` and `count` for each batch norm, of the shape of its `mean`;
-      float32, or float64 where that is.
+      A nested dict with `mean`, `var` and `count` for each batch norm, in the shape of its `mean`;
+        float32, or float64 if `mean` is.
 
     Raises:
       ValueError: `batch_stats` has no batch norm.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn.linen
       >>> jaxbn.linen.init_batch_moments({"norm": {"mean": jnp.ones(1), "var": jnp.ones(1)}})
       {'norm': {'mean': Array([0.], dtype=float32), 'var': Array([0.], dtype=float32), \
@@ -72,17 +72,17 @@ def update_batch_stats(
         mean'  = (1 − momentum)·mean + momentum·moments.mean
         var'   = (1 − momentum)·var  + momentum·moments.var·n/(n − 1)       n = moments.count
 
-    `momentum` is the weight of the **new** batch: one minus that of Flax and of
-    `jaxbn.linen.BatchNorm`, 0.01 where these have 0.99. A layer that keeps a `count`, as torch's
-    do, keeps the unbiased variance above. One that keeps none, as Flax's, keeps the biased one,
-    without `n/(n − 1)`. A layer whose moments are empty stays as it was.
+    `momentum` is the weight of the **new** batch. It is one minus the momentum of Flax and of
+    `jaxbn.linen.BatchNorm`: 0.01 if theirs is 0.99. A layer with a `count`, as in torch, keeps the
+    unbiased variance above. A layer without one, as in Flax, keeps the biased variance, without
+    `n/(n − 1)`. A layer with empty moments does not change.
 
     Args:
       batch_stats: the collection of this name.
-      batch_moments: the collection of this name, that `model.apply` returned.
-      momentum: a number in [0, 1], a scalar array, traced or not, or None for the cumulative
-        average, of which the layers must keep a `count`.
-      std_epsilon: the epsilon of layers with `Renorm(average_std=True)`; see
+      batch_moments: the collection of this name that `model.apply` returned.
+      momentum: weight of the new batch, in [0, 1]: a number, or a scalar array, traced or not. None
+        for the cumulative average, which needs a `count` in each layer.
+      std_epsilon: epsilon of layers with `Renorm(average_std=True)`; see
         `jaxbn.update_batch_stats`.
 
     Returns:
@@ -90,10 +90,10 @@ def update_batch_stats(
 
     Raises:
       TypeError: `momentum` is not a number.
-      ValueError: `momentum` is outside [0, 1], or None without a `count`; there are no moments, or
-        those of other layers.
+      ValueError: `momentum` is outside [0, 1], or is None without a `count`; there are no moments,
+        or they belong to other layers.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxbn.linen
       >>> layer = jaxbn.linen.BatchNorm(use_running_average=False)
       >>> x = jnp.array([[1.0], [2.0], [4.0], [5.0]])
@@ -138,52 +138,54 @@ def recalibrate(
     prior: Number = 0,
     callback: Callback | None = None,
 ) -> dict[str, Any]:
-    """Replaces running statistics by those of a data set: precise batch norm.
+    """Replaces the running statistics with those of a data set: precise batch norm.
 
         mean' = E[x]        var' = Var[x]·n/(n − 1)        count' = number of batches
 
     Mean and variance are those of all n values that a layer gets from all batches, merged by
-    `merge_moments`: batches of any size count by their values, masked entries do not count, and the
-    variance between batches is in it. A layer that keeps no `count`, as Flax's, keeps `Var[x]`.
+    `merge_moments`. Batches count by their number of values, masked entries do not count, and the
+    variance includes the variance between batches. A layer without a `count`, as in Flax, keeps
+    `Var[x]`.
 
-    What a layer gets depends on how the layers below it normalize:
+    The input of a layer depends on how the layers below it normalize:
 
-    - By default each batch normalizes itself there, as in training, and needs two values per
-      channel. One pass takes all layers.
-    - With `sequential` the new statistics do, as later in inference. Each pass makes one more layer
-      of the longest chain exact, and one more pass finds that nothing changes. For a layer that is
-      called at several depths each pass is one step towards a fixed point.
+    - By default, each batch normalizes itself there, as in training mode, and needs two values per
+      channel. One pass over the data serves all layers.
+    - With `sequential`, the new statistics normalize, as later in inference mode. Each pass makes
+      one more layer of the longest chain exact, and a last pass finds that nothing changes. For a
+      layer that is called at several depths, each pass is one step toward a fixed point.
 
     Args:
-      apply: a function `(variables, batch, train, mutable)` that returns what `model.apply` does:
+      apply: function `(variables, batch, train, mutable)` that returns the result of `model.apply`:
         `lambda variables, batch, train, mutable: model.apply(variables, batch["image"],
-        use_running_average=not train, mutable=mutable)`. It is traced, and compiled once for each
-        shape of a batch; the same function again is not compiled again. `train` is a Python bool.
+        use_running_average=not train, mutable=mutable)`. It is traced and compiled once for each
+        shape of a batch. The same function is not compiled again. `train` is a Python bool.
       variables: the collections of the model.
-      batches: any iterable of batches, trees of arrays; a list, or an object that starts anew,
-        where `sequential` takes several passes.
-      where: which batch norms, by their paths: `lambda path: path.startswith("backbone/")`. The
-        others keep their statistics.
+      batches: an iterable of batches, which are trees of arrays. `sequential` takes several passes,
+        and needs a list, or an object that can be iterated again.
+      where: which batch norms to recalibrate, by their paths:
+        `lambda path: path.startswith("backbone/")`. The others keep their statistics. By default,
+        all.
       sequential: whether the layers below normalize by the new statistics.
-      average: the average of what each batch alone gives, in place of the statistics of all
-        samples: what torch's `update_bn` has, of layers of torch's conventions.
-      prior: how many batches the old statistics count as, a Python number: a mixture, for test-time
-        adaptation. With one batch, 1 takes half of each, in all layers, however many values they
-        get.
-      callback: called with the number of batches done in this pass and of passes done, `(1, 0)`
-        after the first batch.
+      average: whether to average the statistics of the single batches, as torch's `update_bn` does
+        for layers with torch's conventions, instead of computing those of all samples.
+      prior: number of batches that the old statistics count as, a Python number: a mixture, for
+        test-time adaptation. With one batch, 1 takes half of each in all layers, however many
+        values they get.
+      callback: called after each batch with the number of batches done in this pass and the number
+        of passes done: `(1, 0)` after the first batch.
 
     Returns:
-      `variables` with new `batch_stats`; all else as it was. Under `jax.jit`, where `batches` is a
-      list of traced arrays, statistics that would be an error are NaN.
+      `variables` with new `batch_stats`. All else is unchanged. Under `jax.jit`, where `batches` is
+        a list of traced arrays, statistics that would raise an error are NaN.
 
     Raises:
-      TypeError: `batches` is not iterable, or runs once and `sequential` needs it again.
-      ValueError: there are no batches, or no batch norms; a batch norm got fewer than two values
-        per channel, or some that are not finite; `prior` is negative, or given with `average`;
-        `apply` runs a batch norm in another mode than `train` says.
+      TypeError: `batches` is not iterable, or can be iterated only once but `sequential` is given.
+      ValueError: there are no batches or no batch norms, a batch norm gets fewer than two values
+        per channel or values that are not finite, `prior` is negative or given with `average`, or
+        `apply` runs a batch norm in another mode than `train`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxbn.linen
       >>> layer = jaxbn.linen.BatchNorm()
       >>> batches = [jnp.array([[0.0], [2.0]]), jnp.array([[10.0], [12.0]])]
@@ -194,10 +196,10 @@ def recalibrate(
       {'mean': Array([6.], dtype=float32), 'var': Array([26.], dtype=float32)}
 
     References:
-      Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, https://arxiv.org/abs/2105.07576;
-      `torch.optim.swa_utils.update_bn`; for `prior`, Schneider et al., "Improving robustness
-      against common corruptions by covariate shift adaptation", 2020,
-      https://arxiv.org/abs/2006.16971.
+      - Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, https://arxiv.org/abs/2105.07576
+      - `torch.optim.swa_utils.update_bn`
+      - `prior`: Schneider et al., "Improving robustness against common corruptions by covariate
+        shift adaptation", 2020, https://arxiv.org/abs/2006.16971
     """
     running = layers_in(variables.get("batch_stats", {}))
     chosen = {name: v for name, v in running.items() if where(name)}
@@ -228,7 +230,7 @@ def _of_batch(
     carry: None,
     batch: Any,
 ) -> tuple[Layers, None]:
-    """The moments of one batch in the layers that have these running statistics."""
+    """The moments of one batch in the layers with these running statistics."""
     given = {
         **variables,
         "batch_stats": _with(variables["batch_stats"], running),
@@ -250,9 +252,9 @@ def moments_of(
     train: bool,
     seen: Callable[[nn.Module, bool | None], None],
 ) -> Mapping[str, Any]:
-    """What a batch leaves in `batch_moments`.
+    """The collection `batch_moments` after a batch.
 
-    `seen` is told each call of a batch norm, and whether it normalizes by the batch.
+    `seen` is called for each call of a batch norm, with whether it normalizes by the batch.
     """
 
     def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -273,7 +275,7 @@ def moments_of(
 
 
 def layers_in(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Layers:
-    """The variables of each batch norm in a collection, by its path."""
+    """The variables of each batch norm in a collection, by path."""
     if {"mean", "var"} <= set(tree):
         return {"/".join(path): {name: tree[name] for name in BatchStats._fields if name in tree}}
     found: Layers = {}
@@ -290,12 +292,12 @@ def _fits(moments: Vectors, running: Vectors | None) -> bool:
 
 
 def _nested(layers: Layers) -> dict[str, Any]:
-    """A collection of these layers alone."""
+    """A collection of only these layers."""
     return dict(layers[""]) if "" in layers else unflatten_dict(layers, sep="/")
 
 
 def _with(tree: Mapping[str, Any], new: Layers, path: tuple[str, ...] = ()) -> Any:
-    """A collection in which some layers are new."""
+    """A collection in which some layers are replaced."""
     variables = new.get("/".join(path), {})
     nodes = {
         name: _with(node, new, (*path, name)) if isinstance(node, Mapping) else node

@@ -1,4 +1,4 @@
-"""The variables of the Linen layers: where they live, and when they are made."""
+"""The variables of the Linen layers: where they are stored, and when they are created."""
 
 import math
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ Variables = dict[str, nn.Variable[jax.Array]]
 
 
 def training_mode(module: nn.Module, use_running_average: Flag | None) -> tuple[Any, Any]:
+    """Whether a batch normalizes itself, and whether it updates the running statistics."""
     return modes(
         module,
         nn.merge_param("use_running_average", module.use_running_average, use_running_average),
@@ -35,6 +36,7 @@ def running_statistics(
     train: Any,
     update: Any,
 ) -> Variables:
+    """The running statistics of a layer, created if they may be."""
     if not module.is_initializing():
         held = module.variables.get("batch_stats", {})
         _check_collection(module, held, train)
@@ -50,6 +52,7 @@ def running_statistics(
 
 
 def _check_collection(module: nn.Module, held: Any, train: Any) -> None:
+    """Refuses a collection without mean and var, and inference mode without a collection."""
     if {"mean", "var"} <= set(held) or (not held and train is not False):
         return
     name = type(module).__name__
@@ -67,6 +70,7 @@ def _check_collection(module: nn.Module, held: Any, train: Any) -> None:
 def scale_and_bias(
     module: nn.Module, shape: Sequence[int], use_scale: bool, use_bias: bool
 ) -> tuple[jax.Array | None, jax.Array | None]:
+    """The parameters of a layer, None for those that it does not have."""
     shape = affine_shape(*shape, num_domains=module.num_domains, shared=module.shared_affine)
     dtype = module.param_dtype
     scale = module.param("scale", module.scale_init, shape, dtype) if use_scale else None
@@ -77,11 +81,11 @@ def scale_and_bias(
 def activation(module: nn.Module, shape: tuple[int, ...]) -> str | Activation | None:
     """The layer's activation, which may read variables of the model, but not write any.
 
-    It is traced on its own, and what it wrote would be tracers of that.
+    It is traced on its own, so values that it writes would be tracers of that trace.
     """
     if not is_own(module.activation):
         return cast(str | None, module.activation)
-    if module.is_initializing():  # makes the variables of modules in it
+    if module.is_initializing():  # creates the variables of modules in it
         module.activation(jnp.zeros(shape))
 
     root = cast(Scope, module.scope).root
@@ -98,7 +102,7 @@ def activation(module: nn.Module, shape: tuple[int, ...]) -> str | Activation | 
 
 
 def moments_of(module: nn.Module) -> Variables:
-    """The moments that the layer merges batches into, where the model was given such."""
+    """The moments that the layer merges batches into, if the model was given any."""
     if not collects(module) or not module.has_variable("batch_moments", "mean"):
         return {}
     return {name: module.variable("batch_moments", name, _missing) for name in Moments._fields}
@@ -109,6 +113,8 @@ def _missing() -> jax.Array:
 
 
 def values(running: Variables, moments: Variables) -> Kept:
+    """The arrays in the variables."""
+
     def arrays(variables: Variables) -> Vectors:
         return {name: variable.value for name, variable in variables.items()}
 
@@ -116,5 +122,6 @@ def values(running: Variables, moments: Variables) -> Kept:
 
 
 def store(variables: Variables, new: Vectors) -> None:
+    """Writes the arrays to the variables."""
     for name, variable in variables.items():
         variable.value = new[name]

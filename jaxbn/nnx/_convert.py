@@ -1,4 +1,4 @@
-"""Batch norms of a model become those of another class, in place: the variables stay."""
+"""Conversion of the batch norms of a model to another class, in place: the variables stay."""
 
 import inspect
 import warnings
@@ -9,6 +9,7 @@ import flax.nnx
 import jax.numpy as jnp
 from flax.nnx.nn import dtypes
 
+from jaxbn._flax.layer import name_of
 from jaxbn.nnx._flax import BatchNorm
 from jaxbn.nnx._torch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
@@ -17,15 +18,15 @@ Fields = dict[str, Any]
 
 TORCH = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 OWN = (BatchNorm, *TORCH)
-CONSUMED = {  # by a constructor
+CONSUMED = {  # by a constructor, which does not keep them
     *("self", "rngs", "bias", "scale_init", "bias_init", "scale_metadata", "bias_metadata")
 }
-# The conventions of Flax and of torch name these differently, or one of them needs none.
+# Flax and torch name these differently, or one of them does not need them.
 WITHOUT_EFFECT = {
     *("epsilon", "eps", "use_scale", "use_bias", "affine", "track_running_stats"),
     "use_fast_variance",
 }
-# These fields say which variables there are; an existing layer keeps those that it has.
+# These fields determine the variables. An existing layer keeps its variables.
 OF_VARIABLES = {
     *("num_features", "param_dtype", "use_scale", "use_bias", "affine"),
     *("track_running_stats", "num_domains", "shared_affine"),
@@ -39,38 +40,38 @@ def convert(
     classes: Collection[type] = (flax.nnx.BatchNorm,),
     **fields: Any,
 ) -> Model:
-    """Turns every `flax.nnx.BatchNorm` of a model into a `jaxbn.nnx.BatchNorm`, in place.
+    """Converts every `flax.nnx.BatchNorm` of a model to a `jaxbn.nnx.BatchNorm`, in place.
 
-    Each layer stays the object that it is, wherever it hangs, and changes its class. Its variables
-    stay too: their values, metadata and sharding, and whatever else refers to them, such as an
-    optimizer. Its fields carry over. One line makes an existing model synchronized:
+    Each layer remains the same object, and changes its class. Its variables remain, with their
+    values, metadata and sharding, and so do references to them, such as those of an optimizer. Its
+    fields carry over. One line makes an existing model synchronize its statistics:
     `convert(model, axis_name="batch")`.
 
-    Layers of `jaxbn.nnx` that the model has already keep their class, unless `to` is given, and
-    take the `fields`. Where a layer goes over to torch's conventions, `momentum` becomes
-    `1 − momentum`, and `count` starts at 0. The running variance keeps its value, and takes batches
-    divided by n − 1 from then on. On the way back, `count` is dropped.
+    Layers of `jaxbn.nnx` in the model keep their class unless `to` is given, and get the `fields`.
+    If a layer changes to torch's conventions, `momentum` becomes `1 − momentum`, and `count` starts
+    at 0. The running variance keeps its value, and new batches contribute the unbiased variance. On
+    the way back, `count` is dropped.
 
     Args:
       model: a module, which is changed, or a batch norm itself.
-      to: the class to convert to: `BatchNorm`, `BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d` of
-        `jaxbn.nnx`, or `flax.nnx.BatchNorm`, the way back. None for `BatchNorm`.
-      classes: which classes stand for Flax's: copies of it, and subclasses that change nothing but
-        defaults. A layer is converted if it is of one of these classes exactly.
-      **fields: fields of the class `to` that are set in all layers, such as `axis_name`,
+      to: class to convert to: `BatchNorm`, `BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d` of
+        `jaxbn.nnx`, or `flax.nnx.BatchNorm` for the way back. None for `BatchNorm`.
+      classes: classes to convert: Flax's own, copies of it, and subclasses that change nothing but
+        defaults. A layer is converted if its class is exactly one of these.
+      **fields: fields of the class `to` to set in all layers, such as `axis_name`,
         `virtual_batch_size`, `skip_nonfinite` or `renorm`.
 
     Returns:
       The model.
 
     Raises:
-      ValueError: the model has no batch norm of these classes; the class `to` lacks one of `fields`
-        or what a layer has set; the layer lacks statistics that it would need.
+      ValueError: the model has no batch norm of these classes, the class `to` lacks one of `fields`
+        or a field that a layer has set, or a layer lacks statistics that it would need.
 
     Warns:
-      UserWarning: subclasses of `classes` are left as they are.
+      UserWarning: subclasses of `classes` are not converted.
 
-    Example:
+    Examples:
       >>> import jaxbn.nnx
       >>> from flax import nnx
       >>> rngs = nnx.Rngs(0)
@@ -93,8 +94,8 @@ def convert(
     found, left = _batch_norms(model, {*classes, *OWN})
     if not found:
         raise ValueError(
-            f"`model` must have a batch norm of the classes {', '.join(map(_name, classes))}; got "
-            f"{type(model).__name__} with {', '.join(left) or 'none'}. List other classes in "
+            f"`model` must have a batch norm of the classes {', '.join(map(name_of, classes))}; "
+            f"got {type(model).__name__} with {', '.join(left) or 'none'}. List other classes in "
             "`classes`."
         )
     kinds = [to or (type(layer) if type(layer) in OWN else BatchNorm) for layer in found]
@@ -112,24 +113,20 @@ def convert(
     return model
 
 
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 def _batch_norms(model: Any, classes: set[type]) -> tuple[list[Any], list[str]]:
-    """The layers of these classes, and where those of their subclasses are."""
+    """The layers of these classes, and the places of layers of their subclasses."""
     found, left = {}, []
     for path, module in flax.nnx.iter_modules(model):
         if type(module) in classes:
             found[id(module)] = module
         elif isinstance(module, tuple(classes)):
             place = "/".join(map(str, path)) or "the model itself"
-            left.append(f"{place} ({_name(type(module))})")
+            left.append(f"{place} ({name_of(type(module))})")
     return list(found.values()), left
 
 
 def _base(layer: Any) -> type:
-    """The class whose fields a layer has: one with torch's conventions, or Flax's, of any name."""
+    """The class whose fields a layer has: one with torch's conventions, else `BatchNorm`."""
     return type(layer) if type(layer) in TORCH else BatchNorm
 
 
@@ -140,10 +137,11 @@ def _defaults(kind: type) -> Fields:
 
 
 def _checked(fields: Fields, kind: type) -> Fields:
+    """The fields, all of which the class must have."""
     names = [name for name in _defaults(kind) if name not in OF_VARIABLES]
     if unknown := [name for name in fields if name not in names]:
         raise ValueError(
-            f"`fields` must be among those of {_name(kind)} that say nothing of its variables, "
+            f"`fields` must be fields of {name_of(kind)} that do not determine its variables: "
             f"{', '.join(names)}; got {', '.join(unknown)}."
         )
     return fields
@@ -157,8 +155,8 @@ def _fields_in(layer: Any, kind: type) -> Fields:
     lost = [name for name in only_before if fields[name] is not before[name]]
     if lost or (kind not in OWN and getattr(layer, "moments", None) is not None):
         raise ValueError(
-            f"{_name(kind)} must have all that a layer uses; it has no "
-            f"{', '.join(sorted(lost)) or 'moments of batches'}. Set it to its default first."
+            f"{name_of(kind)} must have all fields that a layer uses; it has no "
+            f"{', '.join(sorted(lost)) or 'moments of batches'}. Set them to their defaults first."
         )
     if (_base(layer) in TORCH) != (kind in TORCH):
         fields |= _converted(layer, fields)
@@ -166,11 +164,11 @@ def _fields_in(layer: Any, kind: type) -> Fields:
 
 
 def _converted(layer: Any, fields: Fields) -> Fields:
-    """What the conventions of Flax and of torch name or mean differently, from either to either."""
+    """The fields that Flax's and torch's conventions name or define differently."""
     axis, momentum, tracked = fields["axis"], fields["momentum"], layer.mean is not None
     if isinstance(axis, (tuple, list)) or momentum is None or not tracked:
         raise ValueError(
-            "A layer must have one channel axis, a momentum and running statistics to go over to "
+            "A layer must have one channel axis, a momentum and running statistics to change to "
             f"other conventions; got axis={axis}, momentum={momentum}, and "
             f"{'' if tracked else 'no '}statistics."
         )

@@ -1,4 +1,4 @@
-"""Diagnosis of NNX models: batches go through copies in both modes, whose layers merge moments."""
+"""Diagnosis of NNX models: batches run through copies in both modes, whose layers merge moments."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from jaxbn.nnx._variables import (
 )
 
 Call = Callable[[Any, Any], Any]
-# Whether a layer normalizes by the batch, in training and in inference.
+# Whether a layer, by path, normalizes by the batch in training mode (True) or inference mode.
 Modes = dict[tuple[str, bool], bool | None]
 
 
@@ -36,19 +36,19 @@ def report(model: nnx.Module, batches: Any, *, call: Call = _called) -> Report:
     """Compares the running statistics of each batch norm of a model with batches.
 
     Args:
-      model: a module, which stays as it is.
+      model: a module, which does not change.
       batches: training batches: a list or another iterable of batches, or one batch, which is an
-        array, a tuple or a dict. Each goes through a copy of the model in training mode.
-      call: a function `(model, batch)` that calls the model as training does, with masks; by
-        default `model(batch)`. The mode is chosen before.
+        array, a tuple or a dict. Each runs through a copy of the model in training mode.
+      call: function `(model, batch)` that calls the model as training does, with masks; by default
+        `model(batch)`. The mode is already set.
 
     Returns:
-      A `Report`: for each path a `LayerReport`, in the order of the model; `str` makes a table.
+      A `Report`: for each path a `LayerReport`, in the order of the model. `str` makes a table.
 
     Raises:
-      ValueError: the model has no batch norm with running statistics, or `batches` are none.
+      ValueError: the model has no batch norm with running statistics, or `batches` are empty.
 
-    Example:
+    Examples:
       >>> import jax, jaxbn.nnx
       >>> from flax import nnx
       >>> model = nnx.Sequential(jaxbn.nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
@@ -73,23 +73,24 @@ def explain_gap(
     call: Call = _called,
     scores: tuple[float, float] | None = None,
 ) -> Explanation:
-    """Says why a model differs between training mode and inference mode, and what to do.
+    """Explains why a model differs between training mode and inference mode, and what to do.
 
     Args:
-      model: a module, which stays as it is.
-      batches: as for `report`. Give five or more, in the order of training and with the newest
-        last: some faults show only between batches.
-      evaluation: batches of the evaluation, if these are others.
+      model: a module, which does not change.
+      batches: as for `report`. Some faults show only between batches, so give five or more, in the
+        order of training and with the newest last.
+      evaluation: batches of the evaluation, if they differ from `batches`.
       call: as for `report`.
-      scores: accuracy or loss in training mode and in inference mode, to be told.
+      scores: accuracy or loss in training mode and in inference mode. They appear in the text, and
+        a difference between them makes the search more sensitive.
 
     Returns:
-      An `Explanation`, a tuple of `Finding`: empty where nothing is wrong. `str` tells it in words.
+      An `Explanation`, a tuple of `Finding`, empty if nothing is wrong. `str` gives it in words.
 
     Raises:
-      ValueError: as for `report`.
+      ValueError: see `report`.
 
-    Example:
+    Examples:
       >>> import jax, jaxbn.nnx
       >>> from flax import nnx
       >>> model = nnx.Sequential(jaxbn.nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
@@ -127,7 +128,7 @@ def _layers(model: nnx.Module) -> dict[str, Any]:
 def _variables(
     model: nnx.Module, batches: list[Any], modes: Modes
 ) -> tuple[Any, dict[str, Settings]]:
-    """What the functions take of a model: its collections, and the settings of its layers."""
+    """The collections of a model, and the settings of its layers."""
     layers = _layers(model)
     stats = {path: running_in(layer) for path, layer in layers.items()}
     params = {
@@ -144,7 +145,7 @@ def _variables(
 def _moments(
     model: nnx.Module, batches: Any, call: Call, *, train: bool, modes: Modes | None = None
 ) -> list[Any]:
-    """The moments of each batch, by the path of the layer, and the modes of the layers."""
+    """The moments of each batch, by the path of the layer. Records the modes of the layers."""
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -156,7 +157,7 @@ def _moments(
             attach_moments(layer)
             if modes is not None:
                 watch_modes(layer, functools.partial(modes.__setitem__, (path, train)))
-            if layer.update_stats is False:  # would merge no batch either
+            if layer.update_stats is False:  # would merge no batch
                 layer.update_stats = None
         call(copy, batch)
         return {path: moments_in(layer) for path, layer in layers.items()}

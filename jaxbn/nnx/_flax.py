@@ -29,60 +29,73 @@ class BatchNorm(BatchNormLayer):
                    var'  = momentum·var  + (1 − momentum)·Var[x]
         inference  y = (x − mean) · scale / √(var + epsilon) + bias
 
-    `momentum` is Flax's: the weight of the **old** statistics, 0.99 to keep 99 %.
+    `momentum` is Flax's: the weight of the **old** statistics. 0.99 keeps 99 %.
 
-    Variables: `scale` and `bias` are `nnx.Param`, `mean` and `var` are `nnx.BatchStat`, all of
-    shape `[C]`, named and stored as in Flax, so its checkpoints read unchanged. A layer without
-    `scale` or `bias` holds None in its place.
+    Variables: `scale` and `bias` are `nnx.Param`, and `mean` and `var` are `nnx.BatchStat`, all of
+    shape `[C]`. Names and formats are Flax's, so checkpoints of Flax load unchanged. A layer
+    without `scale` or `bias` holds None instead.
 
-    Its functions are those of `jaxbn.linen.BatchNorm`, and so are its results, bit for bit, and the
-    ways in which it differs from Flax.
+    Results equal those of `jaxbn.linen.BatchNorm`, bit for bit. Its docstring lists the differences
+    from Flax.
 
     Args:
-      num_features: the number of channels, C; their product where there are several channel axes.
-      use_running_average: whether to normalize by the running statistics (inference), unless the
-        call says; `train()`, `eval()` and `nnx.view` set it. In the call it may be a traced bool.
-      axis: the channel axis of the input, or several.
-      momentum: weight of the old running statistics, between 0 and 1.
+      num_features: number of channels, C, or their product with several channel axes.
+      use_running_average: whether to normalize by the running statistics (inference mode).
+        `train()`, `eval()` and `nnx.view` set it. A value in the call takes precedence; it may be a
+        traced bool.
+      axis: channel axis of the input, or a sequence of channel axes.
+      momentum: weight of the **old** running statistics, between 0 and 1.
       epsilon: added to the variance inside the square root.
-      dtype: dtype of the output; None for the promotion of the dtypes of the input, the parameters
-        and the statistics. The computation is at least float32 in any case.
-      param_dtype: dtype of `scale` and `bias`; the statistics are float32.
+      dtype: dtype of the output; None for the promoted dtype of the input, the parameters and the
+        statistics. The computation is at least float32 in either case.
+      param_dtype: dtype of `scale` and `bias`. The running statistics are float32.
       use_bias: whether there is a `bias`.
       use_scale: whether there is a `scale`.
       bias_init: initializer of `bias`.
       scale_init: initializer of `scale`.
-      axis_name: mapped axis of devices, or a tuple of such, that share a batch in training.
-      axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
-      use_fast_variance: without effect, for either value: the variance is as fast and exact.
+      axis_name: name of a mapped axis of `jax.vmap`, `jax.pmap` or `jax.shard_map`, or a tuple of
+        names. In training mode, the batch then extends over all devices along it.
+      axis_index_groups: groups of indices along the one axis `axis_name`, such as
+        `[[0, 1], [2, 3]]`. Each group is a batch of its own.
+      use_fast_variance: has no effect: the variance is fast and exact in either case.
       promote_dtype: function of the tuple `(x, mean, var, scale, bias)` and a keyword `dtype` that
-        returns the arrays as they are to be used; the output has the dtype of its `x`. The
-        statistics are used as they are, and by default so are the others: nothing is rounded
-        before the computation.
+        returns these arrays. The output has the dtype of the returned `x`. A function of your own
+        also replaces `x`, `scale` and `bias`, but not the statistics. By default, nothing is
+        rounded before the computation.
       rngs: random numbers for the initializers.
-      bias_metadata: metadata of the variable `bias`, for example `{"out_sharding": ("model",)}`.
+      bias_metadata: metadata of the variable `bias`, such as `{"out_sharding": ("model",)}`.
       scale_metadata: metadata of the variable `scale`.
-      activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function.
-      skip_nonfinite: keep the statistics of a channel if the batch has NaN or infinity in it.
-      virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
-        each normalized by itself: ghost batch norm. The running statistics take the merged moments.
-      update_stats: whether a batch goes into the running statistics; None for training mode alone.
-      train_affine: False stops the gradients of `scale` and `bias`.
-      frozen: whether to normalize by the running statistics and leave them, in every mode.
-      renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
-      num_domains: k for so many sets of statistics, `[k, C]`, for `domain` of the call.
-      shared_affine: whether domains share `scale` and `bias`; by default each has its own.
-      keep_output: whether training keeps the output for the backward pass in place of the input,
-        for the activations None and "leaky_relu"; see `jaxbn.batch_normalize`.
+      activation: None, "relu", "leaky_relu", "silu" or "gelu" (as in `jax.nn`), or a function that
+        keeps the shape.
+      skip_nonfinite: whether a channel keeps its running statistics if the batch has NaN or
+        infinity in it; a bool, traced or not.
+      virtual_batch_size: number of neighboring samples that are normalized together in training
+        mode: ghost batch norm. With `axis_name`, it counts the samples on each device. The merged
+        moments go into the running statistics. None for the whole batch.
+      update_stats: whether the batch updates the running statistics; None means in training mode
+        only.
+      train_affine: whether gradients reach `scale` and `bias`.
+      frozen: whether the layer normalizes by its running statistics and never updates them, in
+        either mode.
+      renorm: batch renormalization (`jaxbn.Renorm`), which corrects the batch toward the running
+        statistics in training mode; None for batch norm.
+      num_domains: number k of sets of running statistics; `domain` in the call selects one. None
+        for one set.
+      shared_affine: whether all domains share `scale` and `bias`. By default, each domain has its
+        own.
+      keep_output: whether training mode keeps the output instead of the input for the backward
+        pass; see `jaxbn.batch_normalize`.
 
     Raises:
-      TypeError: the input is bool, or complex where `dtype` is not; `axis` is not made of ints.
-      ValueError: see `jaxbn.batch_norm`; the input has other than `num_features` channels; there is
-        no mode.
-      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`; an activation, a
-        residual or groups for complex input.
+      TypeError: the input is bool, or is complex and `dtype` is not, or `axis` is not made of ints.
+      ValueError: the input does not have `num_features` channels, or neither the layer nor the call
+        chooses a mode; see also `jaxbn.batch_norm`.
+      NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`, or `axis_name` is
+        an axis of `jax.vmap` inside `jax.shard_map` with `check_vma=True`; or complex input has an
+        activation, a residual, `virtual_batch_size`, `renorm`, `domain`, `keep_output` or
+        `update_stats`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from jaxbn.nnx import BatchNorm
@@ -175,23 +188,23 @@ class BatchNorm(BatchNormLayer):
         bias: ArrayLike | None = None,
         domain: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes `x`, in training mode by its own statistics, which it then folds in.
+        """Normalizes `x`, in training mode by its own moments, and updates the running statistics.
 
         Args:
-          x: input, channels at `axis`.
+          x: input, with the channels at `axis`; floating point, complex or integer.
           use_running_average: whether to normalize by the running statistics; None for the mode of
             the layer.
-          mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even
-            NaN, never affect a result or a derivative; the output there is zero.
-          residual: added before the activation; in the shape of `x` and the dtype of the output.
-          scale: γ of this call, shape `[C]` or `[N, C]`, for a layer without one of its own:
+          mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
+            never affect a result or a derivative; the output there is zero.
+          residual: added before the activation; shape of `x`, dtype of the output.
+          scale: γ for this call, shape `[C]` or `[N, C]`, if the layer has no `scale` of its own:
             conditional batch norm.
-          bias: β of this call, likewise.
-          domain: which set of statistics, for a layer with `num_domains`: an integer, or one for
-            each sample; traced or not.
+          bias: β for this call, shape `[C]` or `[N, C]`, if the layer has no `bias` of its own.
+          domain: which set of running statistics to use, for a layer with `num_domains`: an integer
+            for the batch, or one for each sample, shape `[N]`; traced or not.
 
         Returns:
-          `activation(normalized + residual)`, of the shape of `x`.
+          `activation(normalized + residual)`, in the shape of `x`.
         """
         x = checked_array(x, "x")
         check_channels(self, x.shape, (self.num_features,))

@@ -1,4 +1,4 @@
-"""Batch norms of a model that stay as they are, whatever mode the model is in."""
+"""Freezing of the batch norms of a model, whatever mode the model is in."""
 
 from typing import Any
 
@@ -8,22 +8,22 @@ from jaxbn.nnx._variables import chosen_layers
 
 
 def freeze(model: nnx.Module, where: Any = ..., *, affine: bool = True) -> None:
-    """Freezes batch norms of a model: they stay in inference, also after `model.train()`.
+    """Freezes batch norms of a model: they stay in inference mode, even after `model.train()`.
 
         y = (x − mean) · scale / √(var + epsilon) + bias
 
-    A frozen layer leaves its running statistics, and its gradient is that of inference.
+    A frozen layer does not update its running statistics, and has the gradient of inference mode.
 
     Args:
-      model: a module, or a batch norm itself. It is changed.
-      where: which of its batch norms, a filter of NNX: `nnx.PathContains("backbone")`, a class, a
-        function `(path, layer) -> bool`, or `...` for all.
-      affine: whether to stop the gradients of `scale` and `bias` too.
+      model: a module, which is changed, or a batch norm itself.
+      where: which batch norms to freeze, a filter of NNX: `nnx.PathContains("backbone")`, a class,
+        a function `(path, layer) -> bool`, or `...` for all.
+      affine: whether to stop the gradients of `scale` and `bias`, too.
 
     Raises:
-      ValueError: no batch norm of `jaxbn.nnx` is chosen.
+      ValueError: `where` chooses no batch norm of `jaxbn.nnx`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn.nnx
       >>> from flax import nnx
       >>> rngs = nnx.Rngs(0)
@@ -44,16 +44,16 @@ def freeze(model: nnx.Module, where: Any = ..., *, affine: bool = True) -> None:
 
 
 def unfreeze(model: nnx.Module, where: Any = ...) -> None:
-    """Undoes `freeze`: the layers follow the mode of the model again, `scale` and `bias` train.
+    """Undoes `freeze`: the layers follow the mode of the model again, and `scale` and `bias` train.
 
     Args:
-      model: as for `freeze`.
-      where: as for `freeze`.
+      model: a module, which is changed, or a batch norm itself.
+      where: which batch norms to unfreeze, as for `freeze`.
 
     Raises:
-      ValueError: no batch norm of `jaxbn.nnx` is chosen.
+      ValueError: `where` chooses no batch norm of `jaxbn.nnx`.
 
-    Example:
+    Examples:
       >>> import jaxbn.nnx
       >>> from flax import nnx
       >>> layer = jaxbn.nnx.BatchNorm(3, frozen=True, rngs=nnx.Rngs(0))

@@ -25,22 +25,23 @@ from jaxbn.nnx._variables import (
 
 
 def init_batch_moments(model: nnx.Module, where: Any = ...) -> None:
-    """Lets batch norms of a model merge batches into moments, from those of no samples on.
+    """Starts to merge batches into moments, beginning with moments of no samples.
 
         mean = 0        var = 0        count = 0
 
-    From here to `update_batch_stats` they merge each batch into their attribute `moments`, in
-    training and in inference, and leave their running statistics. Frozen layers leave both.
+    From here to `update_batch_stats`, the batch norms merge each batch into their attribute
+    `moments`, in training mode and in inference mode. Their running statistics do not change.
+    Frozen layers change neither.
 
     Args:
-      model: a module, or a batch norm itself. It is changed.
-      where: which of its batch norms, a filter of NNX: `nnx.PathContains("backbone")`, a class, a
+      model: a module, which is changed, or a batch norm itself.
+      where: which batch norms to start, a filter of NNX: `nnx.PathContains("backbone")`, a class, a
         function `(path, layer) -> bool`, or `...` for all.
 
     Raises:
-      ValueError: no batch norm is chosen; a chosen one keeps no running statistics of jaxbn.
+      ValueError: `where` chooses no batch norm, or one without running statistics of jaxbn.
 
-    Example:
+    Examples:
       >>> import jaxbn.nnx
       >>> from flax import nnx
       >>> layer = jaxbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
@@ -64,17 +65,17 @@ def update_batch_stats(model: nnx.Module) -> None:
         var'   = (1 − momentum)·var  + momentum·moments.var·n/(n − 1)       n = moments.count
 
     This is the formula of torch's classes. `BatchNorm` has Flax's `momentum`, the weight of the
-    **old** statistics, and keeps the variance without `n/(n − 1)`. Each layer has its own momentum.
-    A layer whose moments are empty stays as it was. All are without moments afterwards, and update
-    with each batch again.
+    **old** statistics, and keeps the variance without `n/(n − 1)`. Each layer uses its own
+    momentum. A layer with empty moments does not change. Afterwards, no layer has moments, and each
+    batch updates the running statistics again.
 
     Args:
-      model: a module, or a batch norm itself. It is changed.
+      model: a module, which is changed, or a batch norm itself.
 
     Raises:
       ValueError: no batch norm has moments.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn.nnx
       >>> from flax import nnx
       >>> layer = jaxbn.nnx.BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
@@ -112,38 +113,41 @@ def recalibrate(
     prior: Number = 0,
     callback: Callback | None = None,
 ) -> None:
-    """Replaces running statistics by those of a data set: precise batch norm.
+    """Replaces the running statistics with those of a data set: precise batch norm.
 
         mean' = E[x]        var' = Var[x]·n/(n − 1)        count' = number of batches
 
-    All is as in `jaxbn.linen.recalibrate`; `BatchNorm` keeps `Var[x]`. The model is changed at the
-    end, and only its running statistics: an error on the way leaves it as it was.
+    See `jaxbn.linen.recalibrate` for details; `BatchNorm` keeps `Var[x]`. Only the running
+    statistics change, and only at the end: an error leaves the model unchanged.
 
-    Batch norms are set to the mode that they need. All other layers stay in theirs: after
-    `model.eval()` dropout drops nothing, and the statistics are those of inference. A model that
-    passes `use_running_average` to its layers chooses for them: let `call` ask for training mode,
-    and for inference mode where `sequential` is given. Another mode is an error.
+    Batch norms are set to the mode that they need. All other layers stay in their mode: after
+    `model.eval()`, dropout drops nothing, and the statistics are those of inference mode. If a
+    model passes `use_running_average` to its layers, let `call` ask for training mode, or for
+    inference mode with `sequential`. Another mode is an error.
 
     Args:
-      model: a module, or a batch norm itself. It is changed.
-      batches: any iterable of batches, trees of arrays; a list, or an object that starts anew,
-        where `sequential` takes several passes.
-      call: how to run the model: `lambda model, batch: model(batch["image"])`. It is traced, and
+      model: a module, which is changed, or a batch norm itself.
+      batches: an iterable of batches, which are trees of arrays. `sequential` takes several passes,
+        and needs a list, or an object that can be iterated again.
+      call: function `(model, batch)` that runs the model:
+        `lambda model, batch: model(batch["image"])`; by default `model(batch)`. It is traced and
         compiled once for each shape of a batch.
-      where: which batch norms, a filter of NNX as for `freeze`. The others keep their statistics.
-      sequential: whether the layers below normalize by the new statistics. By default each batch
-        normalizes itself there, as in training.
-      average: the average of what each batch alone gives, as torch's `update_bn` has it.
-      prior: how many batches the old statistics count as.
-      callback: called with the number of batches done in this pass and of passes done, `(1, 0)`
-        after the first batch.
+      where: which batch norms to recalibrate, a filter of NNX as for `freeze`. The others keep
+        their statistics.
+      sequential: whether the layers below normalize by the new statistics. By default, each batch
+        normalizes itself there, as in training mode.
+      average: whether to average the statistics of the single batches, as torch's `update_bn` does
+        for layers with torch's conventions, instead of computing those of all samples.
+      prior: number of batches that the old statistics count as, a Python number.
+      callback: called after each batch with the number of batches done in this pass and the number
+        of passes done: `(1, 0)` after the first batch.
 
     Raises:
-      TypeError: `batches` is not iterable, or runs once and `sequential` needs it again.
-      ValueError: as `jaxbn.linen.recalibrate`; a chosen batch norm keeps no running statistics of
-        jaxbn.
+      TypeError: `batches` is not iterable, or can be iterated only once but `sequential` is given.
+      ValueError: a chosen batch norm has no running statistics of jaxbn; see also
+        `jaxbn.linen.recalibrate`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxbn.nnx
       >>> from flax import nnx
       >>> layer = jaxbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
@@ -153,7 +157,7 @@ def recalibrate(
       (Array([6.], dtype=float32), Array([26.], dtype=float32))
 
     References:
-      As `jaxbn.linen.recalibrate`.
+      See `jaxbn.linen.recalibrate`.
     """
     layers = _chosen(model, where)
     parts: Any = nnx.split(model, nnx.RngState, ...)
@@ -184,9 +188,9 @@ def _of_batch(
     random: Any,
     batch: Any,
 ) -> tuple[Layers, Any]:
-    """The moments of one batch in the layers that have these running statistics.
+    """The moments of one batch in the layers with these running statistics.
 
-    The model is a copy, and what else changes in it is lost, but for the state of random numbers.
+    The model is a copy. Other changes to it are lost, except for the state of random numbers.
     """
     model = nnx.merge(graphdef, random, rest)
     layers = {name: v for name, v in layers_in(model).items() if name in running}
@@ -202,7 +206,7 @@ def _of_batch(
 
 
 def _chosen(model: nnx.Module, where: Any) -> dict[str, BatchNormLayer]:
-    """The chosen batch norms that keep running statistics, by path."""
+    """The chosen batch norms with running statistics, by path."""
     chosen = {name: v for name, v in chosen_layers(model, where).items() if keeps_statistics(v)}
     if not chosen:
         raise ValueError(
@@ -213,4 +217,5 @@ def _chosen(model: nnx.Module, where: Any) -> dict[str, BatchNormLayer]:
 
 
 def attach_moments(layer: BatchNormLayer) -> None:
+    """Gives a layer moments of no samples to merge batches into."""
     layer.moments = BatchMoments(Moments(**empty_moments(running_in(layer))))

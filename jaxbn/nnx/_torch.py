@@ -19,9 +19,9 @@ from jaxbn.nnx._variables import BatchNormLayer, parameter, value
 
 
 class _TorchBatchNorm(BatchNormLayer):
-    """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share: all but the layouts they take."""
+    """The base of `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d`, which differ in their layouts."""
 
-    layouts: ClassVar[tuple[str, ...]] = ()  # without the C, whose place is `axis`
+    layouts: ClassVar[tuple[str, ...]] = ()  # without C, which is at `axis`
 
     def __init__(
         self,
@@ -94,23 +94,23 @@ class _TorchBatchNorm(BatchNormLayer):
         bias: ArrayLike | None = None,
         domain: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes `x`, in training mode by its own statistics, which it then folds in.
+        """Normalizes `x`, in training mode by its own moments, and updates the running statistics.
 
         Args:
-          x: input, channels at `axis`; float16, bfloat16, float32 or float64.
+          x: input, with the channels at `axis`; float16, bfloat16, float32 or float64.
           use_running_average: whether to normalize by the running statistics; None for the mode of
             the layer.
-          mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even
-            NaN, never affect a result or a derivative; the output there is zero.
-          residual: added before the activation; in the shape of `x` and the dtype of the output.
-          scale: γ of this call, shape `[C]` or `[N, C]`, for a layer without one of its own:
+          mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
+            never affect a result or a derivative; the output there is zero.
+          residual: added before the activation; shape of `x`, dtype of the output.
+          scale: γ for this call, shape `[C]` or `[N, C]`, if the layer has no `scale` of its own:
             conditional batch norm.
-          bias: β of this call, likewise.
-          domain: which set of statistics, for a layer with `num_domains`: an integer, or one for
-            each sample; traced or not.
+          bias: β for this call, shape `[C]` or `[N, C]`, if the layer has no `bias` of its own.
+          domain: which set of running statistics to use, for a layer with `num_domains`: an integer
+            for the batch, or one for each sample, shape `[N]`; traced or not.
 
         Returns:
-          `activation(normalized + residual)`, of the shape of `x`.
+          `activation(normalized + residual)`, in the shape of `x`.
         """
         x = checked_float(x, "x")
         check_layout(self, x.shape)
@@ -134,58 +134,72 @@ class _TorchBatchNorm(BatchNormLayer):
 
 
 class BatchNorm1d(_TorchBatchNorm):
-    """Batch norm over `(N, C)` or `(N, C, L)`, with `torch.nn.BatchNorm1d`'s constructor.
+    """Batch norm over `(N, C)` or `(N, C, L)`, with the constructor of `torch.nn.BatchNorm1d`.
 
         train      y = (x − E[x]) · scale / √(Var[x] + eps) + bias
                    mean' = (1 − momentum)·mean + momentum·E[x]
                    var'  = (1 − momentum)·var  + momentum·Var[x]·n/(n − 1)
         inference  y = (x − mean) · scale / √(var + eps) + bias
 
-    `momentum` is torch's: the weight of the **new** batch; None keeps the cumulative average.
-    `Var[x]` is biased, divided by n, the number of values per channel.
+    `momentum` is torch's: the weight of the **new** batch. None keeps the cumulative average.
+    `Var[x]` is biased: it is divided by n, the number of values per channel.
 
-    Variables: `scale` and `bias` (torch `weight` and `bias`) are `nnx.Param`; `mean`, `var`
+    Variables: `scale` and `bias` (torch `weight` and `bias`) are `nnx.Param`. `mean`, `var`
     (`running_mean`, `running_var`) and `count` (`num_batches_tracked`, int32) are `nnx.BatchStat`.
-    What a layer does not have is None. Results are those of `jaxbn.linen.BatchNorm1d`, bit for bit.
+    A variable that a layer does not have is None. Results equal those of `jaxbn.linen.BatchNorm1d`,
+    bit for bit.
 
     Args:
-      num_features: the number of channels, C.
+      num_features: number of channels, C.
       eps: added to the variance inside the square root.
-      momentum: weight of the new batch in the running statistics, between 0 and 1, or None.
+      momentum: weight of the **new** batch, between 0 and 1; None for the cumulative average.
       affine: whether there are a `scale` and a `bias`.
-      track_running_stats: whether running statistics are kept. Without them the batch normalizes
-        itself in inference too; statistics that are there all the same are used, and not updated.
-      bias: whether an affine layer has a `bias`.
-      axis: the channel axis of the input: 1 as in torch, -1 for channels last.
+      track_running_stats: whether the layer keeps running statistics. Without them, the batch
+        normalizes itself in inference mode, too. If statistics are present anyway, they are used
+        but not updated.
+      bias: whether a layer with `affine` has a `bias`.
+      axis: channel axis of the input: 1 as in torch, -1 for channels last.
       dtype: dtype of the output; None for the dtype of the input.
-      param_dtype: dtype of `scale` and `bias`; the statistics are float32, or float64 where it is.
+      param_dtype: dtype of `scale` and `bias`. The running statistics are float32, or float64 if
+        `param_dtype` is.
       scale_init: initializer of `scale`.
       bias_init: initializer of `bias`.
-      axis_name: mapped axis of devices, or a tuple of such, that share a batch in training.
-      use_running_average: whether to normalize by the running statistics (torch `eval()`), unless
-        the call says; `train()`, `eval()` and `nnx.view` set it. In the call it may be a traced
-        bool.
-      activation: None, "relu", "leaky_relu", "silu" or "gelu" (those of `jax.nn`), or a function.
-      skip_nonfinite: keep the statistics of a channel if the batch has NaN or infinity in it.
-      axis_index_groups: groups of indices along the one axis, each a batch: `[[0, 1], [2, 3]]`.
-      virtual_batch_size: splits the samples of a training batch into groups of so many neighbours,
-        each normalized by itself: ghost batch norm. The running statistics take the merged moments.
-      update_stats: whether a batch goes into the running statistics; None for training mode alone.
-      train_affine: False stops the gradients of `scale` and `bias`.
-      frozen: whether to normalize by the running statistics and leave them, in every mode.
-      renorm: corrects batches towards the running statistics in training: `jaxbn.Renorm`.
-      num_domains: k for so many sets of statistics, `[k, C]`, for `domain` of the call.
-      shared_affine: whether domains share `scale` and `bias`; by default each has its own.
-      keep_output: whether training keeps the output for the backward pass in place of the input,
-        for the activations None and "leaky_relu"; see `jaxbn.batch_normalize`.
+      axis_name: name of a mapped axis of `jax.vmap`, `jax.pmap` or `jax.shard_map`, or a tuple of
+        names. In training mode, the batch then extends over all devices along it.
+      use_running_average: whether to normalize by the running statistics (inference mode, torch's
+        `eval()`). `train()`, `eval()` and `nnx.view` set it. A value in the call takes precedence;
+        it may be a traced bool.
+      activation: None, "relu", "leaky_relu", "silu" or "gelu" (as in `jax.nn`), or a function that
+        keeps the shape.
+      skip_nonfinite: whether a channel keeps its running statistics if the batch has NaN or
+        infinity in it; a bool, traced or not.
+      axis_index_groups: groups of indices along the one axis `axis_name`, such as
+        `[[0, 1], [2, 3]]`. Each group is a batch of its own.
+      virtual_batch_size: number of neighboring samples that are normalized together in training
+        mode: ghost batch norm. With `axis_name`, it counts the samples on each device. The merged
+        moments go into the running statistics. None for the whole batch.
+      update_stats: whether the batch updates the running statistics; None means in training mode
+        only.
+      train_affine: whether gradients reach `scale` and `bias`.
+      frozen: whether the layer normalizes by its running statistics and never updates them, in
+        either mode.
+      renorm: batch renormalization (`jaxbn.Renorm`), which corrects the batch toward the running
+        statistics in training mode; None for batch norm.
+      num_domains: number k of sets of running statistics; `domain` in the call selects one. None
+        for one set.
+      shared_affine: whether all domains share `scale` and `bias`. By default, each domain has its
+        own.
+      keep_output: whether training mode keeps the output instead of the input for the backward
+        pass; see `jaxbn.batch_normalize`.
       rngs: random numbers for the initializers.
 
     Raises:
       TypeError: the input is not real floating point.
-      ValueError: the input has another number of dimensions or channels, one value per channel in
-        training; there is no mode; see `jaxbn.batch_norm`.
+      ValueError: the input has another number of dimensions or channels, there is one value per
+        channel in training mode, or neither the layer nor the call chooses a mode; see also
+        `jaxbn.batch_norm`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from jaxbn.nnx import BatchNorm1d
@@ -202,11 +216,12 @@ class BatchNorm1d(_TorchBatchNorm):
 
 
 class BatchNorm2d(_TorchBatchNorm):
-    """Batch norm over `(N, C, H, W)`, with `torch.nn.BatchNorm2d`'s constructor.
+    """Batch norm over `(N, C, H, W)`, with the constructor of `torch.nn.BatchNorm2d`.
 
-    All else is as in `BatchNorm1d`; with `axis=-1` the layout is `(N, H, W, C)`.
+    Arguments, formulas and variables are those of `BatchNorm1d`. With `axis=-1`, the layout is
+    `(N, H, W, C)`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from jaxbn.nnx import BatchNorm2d
@@ -222,11 +237,12 @@ class BatchNorm2d(_TorchBatchNorm):
 
 
 class BatchNorm3d(_TorchBatchNorm):
-    """Batch norm over `(N, C, D, H, W)`, with `torch.nn.BatchNorm3d`'s constructor.
+    """Batch norm over `(N, C, D, H, W)`, with the constructor of `torch.nn.BatchNorm3d`.
 
-    All else is as in `BatchNorm1d`; with `axis=-1` the layout is `(N, D, H, W, C)`.
+    Arguments, formulas and variables are those of `BatchNorm1d`. With `axis=-1`, the layout is
+    `(N, D, H, W, C)`.
 
-    Example:
+    Examples:
       >>> from flax import nnx
       >>> from jaxbn.nnx import BatchNorm3d
       >>> layer = BatchNorm3d(2, affine=False, rngs=nnx.Rngs(0))

@@ -23,23 +23,23 @@ def parameter(
     rngs: nnx.Rngs,
     metadata: Mapping[str, Any],
 ) -> Any:
-    """A `Param`, or what stands in its place in a layer without it."""
+    """A `Param`, or a placeholder in a layer without it."""
     if not used:
         return nnx.data(None)
     return nnx.Param(initializer(rngs.params(), shape, dtype), **metadata)
 
 
 def value(variable: Any) -> Any:
-    """The array in a variable, or None where there is no variable."""
+    """The array in a variable, or None without a variable."""
     return None if variable is None else variable[...]
 
 
 class BatchMoments(nnx.Variable[Moments]):
-    """The merged moments of batches that await their update of the running statistics."""
+    """Merged moments of batches that have not yet updated the running statistics."""
 
 
 class BatchNormLayer(nnx.Module):
-    """What all layers share: the choice of the mode, and where running statistics are kept."""
+    """The base of all layers: chooses the mode, and stores the running statistics."""
 
     use_running_average: Flag | None
     activation: str | Activation | None
@@ -51,11 +51,13 @@ class BatchNormLayer(nnx.Module):
     def set_view(
         self, use_running_average: Flag | None = None, update_stats: Flag | None = None
     ) -> None:
-        """Chooses the mode of a layer, for `nnx.view`.
+        """Sets the mode of a layer, for `nnx.view`.
 
         Args:
-          use_running_average: whether to normalize by the running statistics.
-          update_stats: whether a batch goes into the running statistics.
+          use_running_average: whether to normalize by the running statistics; None to leave it
+            unchanged.
+          update_stats: whether the batch updates the running statistics; None to leave it
+            unchanged.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
@@ -68,12 +70,17 @@ class BatchNormLayer(nnx.Module):
         update_stats: Flag | None = None,
         **others: Any,
     ) -> dict[str, Any]:
-        """Chooses the mode of a layer, for `nnx.set_mode`, which came before `nnx.view`.
+        """Sets the mode of a layer, for `nnx.set_mode`, the predecessor of `nnx.view`.
 
         Args:
-          use_running_average: whether to normalize by the running statistics.
-          update_stats: whether a batch goes into the running statistics.
-          **others: settings of other layers, which are returned.
+          use_running_average: whether to normalize by the running statistics; None to leave it
+            unchanged.
+          update_stats: whether the batch updates the running statistics; None to leave it
+            unchanged.
+          **others: settings of other layers.
+
+        Returns:
+          `others`.
         """
         self.set_view(use_running_average, update_stats)
         return others
@@ -122,24 +129,24 @@ class BatchNormLayer(nnx.Module):
 
 
 def running_in(layer: Any) -> Vectors:
-    """The running statistics that a layer has, by name; `BatchNorm` has no count."""
+    """The running statistics of a layer, by name. `BatchNorm` has no count."""
     variables = {name: getattr(layer, name, None) for name in BatchStats._fields}
     return {name: value(v) for name, v in variables.items() if v is not None}
 
 
 def moments_in(layer: Any) -> Vectors:
-    """The moments that a layer has, by name."""
+    """The moments of a layer, by name."""
     moments: Moments = layer.moments.get_value()
     return moments._asdict()
 
 
 def keeps_statistics(module: Any) -> bool:
-    """Whether this is a batch norm with running statistics, of whatever library."""
+    """Whether this is a batch norm with running statistics, of any library."""
     return all(isinstance(getattr(module, v, None), nnx.BatchStat) for v in ("mean", "var"))
 
 
 def watch_modes(layer: BatchNormLayer, seen: Callable[[bool | None], None]) -> None:
-    """Tells in each call whether the layer normalizes by the batch; None where that is traced."""
+    """Calls `seen` in each call with whether the layer normalizes by the batch; None if traced."""
     modes = layer._modes
 
     def watched(use_running_average: Flag | None) -> tuple[Any, Any]:
@@ -160,7 +167,7 @@ def layers_in(model: nnx.Module) -> dict[str, BatchNormLayer]:
 
 
 def chosen_layers(model: nnx.Module, where: Any) -> dict[str, BatchNormLayer]:
-    """The batch norms that a filter chooses, by path; those of another library are refused."""
+    """The batch norms that a filter chooses, by path. Those of other libraries are refused."""
     chooses = nnx.filterlib.to_predicate(where)
     modules = [(path, v) for path, v in nnx.iter_modules(model) if chooses(path, v)]
     foreign = [
@@ -171,7 +178,7 @@ def chosen_layers(model: nnx.Module, where: Any) -> dict[str, BatchNormLayer]:
     if foreign:
         raise ValueError(
             "The batch norms must be those of jaxbn.nnx; got layers of another library: "
-            f"{', '.join(foreign)}. Convert the model by jaxbn.nnx.convert, or leave them out by "
+            f"{', '.join(foreign)}. Convert the model with jaxbn.nnx.convert, or exclude them with "
             "`where`."
         )
     chosen = {"/".join(map(str, p)): v for p, v in modules if isinstance(v, BatchNormLayer)}

@@ -1,4 +1,4 @@
-"""Why a `state_dict` does not fit, where more is known than which keys are missing."""
+"""Causes of a `state_dict` that does not fit, where more is known than which keys are missing."""
 
 import contextlib
 import re
@@ -12,7 +12,7 @@ from jaxbn.torch._slots import ENTRIES, Slot
 from jaxbn.torch._tensors import as_array
 
 BY_HAND = "Leave it out of the dict and of `variables`, and convert its weights by hand."
-# The names of entries that no variable of Flax has, and what the module is that has them.
+# Names of entries without a variable in Flax, and a description of their modules.
 UNSUPPORTED = {
     r"(weight|bias)_(ih|hh|hr)(_l\d+)?(_reverse)?": (
         f"a recurrent layer (LSTM, GRU, RNN), which is not converted. {BY_HAND}"
@@ -43,7 +43,7 @@ UNSUPPORTED = {
 
 
 def check_not_nested(state_dict: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint that has state_dicts inside, and the state of an optimizer."""
+    """Refuses a checkpoint with state_dicts inside, and the state of an optimizer."""
     if {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
             "`state_dict` must be that of a model; got that of an optimizer, with state and "
@@ -57,6 +57,7 @@ def check_not_nested(state_dict: Mapping[str, Any]) -> None:
 
 
 def _inside(checkpoint: Mapping[str, Any], path: str) -> Iterator[str]:
+    """The expressions for the state_dicts inside a checkpoint."""
     for key, value in checkpoint.items():
         here = f"{path}[{key!r}]"
         if hasattr(value, "named_parameters"):
@@ -69,7 +70,7 @@ def _inside(checkpoint: Mapping[str, Any], path: str) -> Iterator[str]:
 
 
 def check_supported(keys: Iterable[str]) -> None:
-    """Refuses modules of which Flax has no equal, by the names of their entries."""
+    """Refuses modules that Flax has no equivalent of, by the names of their entries."""
     modules = {}
     for key in keys:
         for pattern, what in UNSUPPORTED.items():
@@ -90,9 +91,9 @@ def hints(
     names: Mapping[str, str] | None,
     variables: Mapping[str, Any] | None,
 ) -> list[str]:
-    """What to do about the entries that are missing, left over or of another shape.
+    """Advice on entries that are missing, left over or of another shape.
 
-    `keys` are those of the whole dict, `entries` those of them that begin with `prefix`.
+    `keys` are those of the whole dict. `entries` are those that begin with `prefix`.
     """
     return [
         *_of_beginnings(slots, keys, prefix),
@@ -106,7 +107,7 @@ def hints(
 
 
 def onnx_hint(keys: Iterable[str]) -> list[str]:
-    """A line for an error where keys are names that ONNX gives: onnx::Conv_123, /conv1/Conv."""
+    """Advice on keys with names of an ONNX file: onnx::Conv_123, /conv1/Conv."""
     return [
         f'"{key}" is a name from an ONNX file, whose nodes tell what belongs to which layer: read '
         "it as docs/onnx.md shows."
@@ -116,7 +117,7 @@ def onnx_hint(keys: Iterable[str]) -> list[str]:
 
 
 def statistics_hint(keys: Iterable[str], variables: Mapping[str, Any] | None) -> list[str]:
-    """A line for an error where only the dict has statistics."""
+    """Advice if only the dict has statistics."""
     if variables is None or variables.get("batch_stats"):
         return []
     if not any(key.rpartition(".")[2] in ("running_mean", "running_var") for key in keys):
@@ -130,7 +131,7 @@ def statistics_hint(keys: Iterable[str], variables: Mapping[str, Any] | None) ->
 def hints_of_names(
     names: Mapping[str, str] | None, keys: Collection[str], prefix: str
 ) -> Iterator[str]:
-    """Where `names` is missing, or has keys or paths that are none of modules."""
+    """Advice if `names` is missing, or has keys or paths that are not those of modules."""
     if names is None:
         parts = [key.rpartition(".") for key in keys]
         if len({module for module, _, entry in parts if entry in ENTRIES}) > 1:
@@ -150,7 +151,7 @@ def hints_of_names(
 
 
 def _of_beginnings(slots: Iterable[str], keys: Collection[str], prefix: str) -> Iterator[str]:
-    """Where no key is there: what keys begin with that are asked for."""
+    """Advice if no key is found: the prefix that the keys have."""
     if not keys or any(key in keys for key in slots):
         return
     wanted = {key.removeprefix(prefix) for key in slots}
@@ -162,7 +163,7 @@ def _of_beginnings(slots: Iterable[str], keys: Collection[str], prefix: str) -> 
     )
     best = [before for before, times in found.items() if times == max(found.values())]
     if 0 < len(best) <= 3:
-        yield f"They are there with {' or '.join(f'prefix={before!r}' for before in best)}."
+        yield f"The keys exist with {' or '.join(f'prefix={before!r}' for before in best)}."
     elif prefix and not any(key.startswith(prefix) for key in keys):
         first = list(dict.fromkeys(key.split(".")[0] for key in keys))
         yield f"No key begins with prefix={prefix!r}; they begin with {', '.join(first)}."
@@ -171,7 +172,7 @@ def _of_beginnings(slots: Iterable[str], keys: Collection[str], prefix: str) -> 
 def _of_transposed(
     slots: Mapping[str, Slot], entries: Mapping[str, Any], prefix: str, guessed: Collection[str]
 ) -> Iterator[str]:
-    """Where convolutions are transposed and not listed so, or the reverse."""
+    """Advice if `transposed` lacks a convolution, or has one that is not transposed."""
     wrong: dict[bool, list[str]] = {False: [], True: []}
     for key, slot in slots.items():
         name = key.removesuffix("weight")
@@ -197,7 +198,7 @@ def _of_transposed(
 
 
 def _of_kinds(slots: Mapping[str, Slot], entries: Mapping[str, Any]) -> Iterator[str]:
-    """Where shapes show a layer that is not converted."""
+    """Advice if shapes belong to a layer that is not converted."""
     for key, slot in slots.items():
         weight, bias = entries.get(key), entries.get(key.removesuffix("weight") + "bias")
         if not key.endswith("weight") or weight is None or bias is None or weight.ndim < 2:
@@ -209,7 +210,7 @@ def _of_kinds(slots: Mapping[str, Slot], entries: Mapping[str, Any]) -> Iterator
 
 
 def _of_tied(slots: Mapping[str, Slot], entries: Mapping[str, Any]) -> Iterator[str]:
-    """Where a module has the weight of another."""
+    """Advice if a module has the weight of another."""
     matrices = {
         key: entries[key]
         for key, slot in slots.items()

@@ -1,4 +1,4 @@
-"""Ways to match the layers of torch and of Flax by their names, shapes, nesting and order."""
+"""Matching of the layers of torch and Flax by their names, shapes, nesting and order."""
 
 import re
 from collections import Counter, defaultdict
@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 from jaxbn.torch._slots import Path, Shape
 
-Kind = tuple[tuple[str, Shape], ...]  # the entries of a layer, and their shapes in torch's layout
+Kind = tuple[tuple[str, Shape], ...]  # entries of a layer, with shapes in torch's layout
 
-# The names of a convolution and of its batch norm differ in such a word alone: conv1 and bn1,
+# The names of a convolution and its batch norm differ only in such a word: conv1 and bn1,
 # Conv_0 and BatchNorm_0, conv_proj and norm_proj.
 _WORDS = re.compile(
     r"(?<![a-z])(conv(olution)?(transpose)?|(batch|sync|group|layer)?_?norm|[bgl]n)(\dd)?(?![a-z])",
     re.IGNORECASE,
 )
 
-# The number of a module, which that of dimensions in BatchNorm2d_0 is not.
+# The number of a module. The number of dimensions in BatchNorm2d_0 does not count.
 _NUMBER = re.compile(r"\d+(?!\d|d(?![a-z]))", re.IGNORECASE)
 
 
@@ -33,12 +33,12 @@ Layers = tuple[Layer, ...]
 
 
 def kinds(layers: Layers) -> Counter[Kind]:
-    """How many there are of each kind."""
+    """The number of layers of each kind."""
     return Counter(layer.kind for layer in layers)
 
 
 def agreeing(torch: Layers, flax: Layers, depth: int = 0) -> dict[Path, Path]:
-    """The modules, layers or not, whose names agree; of Flax's names, what a depth leaves."""
+    """The modules, layers or not, whose names agree. Flax's names are read from `depth` on."""
     theirs, ours = _by_tokens(torch, 0), _by_tokens(flax, depth)
     numbers = [_numbers(side) for side in (theirs, ours)]
 
@@ -51,7 +51,7 @@ def agreeing(torch: Layers, flax: Layers, depth: int = 0) -> dict[Path, Path]:
 
 
 def _by_tokens(layers: Layers, depth: int) -> dict[Path, Path]:
-    """The modules by the words and numbers of their names, without those that all begin with."""
+    """The modules by the words and numbers of their names, without their common beginning."""
     start = _shared(*(_tokens(layer.parts[depth:]) for layer in layers))
     modules = dict.fromkeys(
         layer.parts[:stop] for layer in layers for stop in range(depth + 1, len(layer.parts) + 1)
@@ -66,13 +66,13 @@ def _by_tokens(layers: Layers, depth: int) -> dict[Path, Path]:
 
 
 def _shared(*names: Path) -> int:
-    """How many parts all names begin with."""
+    """The number of parts that all names begin with."""
     shortest = min(map(len, names), default=0)
     return next((i for i in range(shortest) if len({name[i] for name in names}) > 1), shortest)
 
 
 def _tokens(parts: Path) -> Path:
-    """`layer1.0` as (layer, 1, 0), and so what a Sequential makes of it, `layer1/layers_0`."""
+    """`layer1.0` as (layer, 1, 0), and likewise its name in a Sequential, `layer1/layers_0`."""
     tokens = re.findall(r"[^\W\d_]+|\d+", "/".join(parts))
     following = pairwise([*tokens, ""])
     return tuple(token for token, after in following if token != "layers" or not after.isdigit())
@@ -89,7 +89,7 @@ def _numbers(names: Iterable[Path]) -> defaultdict[Path, set[str]]:
 
 
 def anchored(pairs: Mapping[str, str], torch: Layers, flax: Layers) -> tuple[Layers, Layers]:
-    """The layers, of which those of a pair have a kind to themselves."""
+    """The layers. Those of a pair get a kind of their own."""
     own = {pairs[t.name]: (*t.kind, (pairs[t.name], ())) for t in torch if t.name in pairs}
     return (
         tuple(t._replace(kind=own[pairs[t.name]]) if t.name in pairs else t for t in torch),
@@ -98,10 +98,10 @@ def anchored(pairs: Mapping[str, str], torch: Layers, flax: Layers) -> tuple[Lay
 
 
 def unoriented(torch: Layers, flax: Layers, cautious: bool) -> tuple[Layers, Layers]:
-    """The layers, without the order of the two channel axes where the sides differ in it.
+    """The layers, without the order of the two channel axes if the sides differ in it.
 
-    If `cautious`, also where they do not, but no name such as Conv_0 or ConvTranspose_0 tells
-    which convolutions are transposed.
+    If `cautious`, the order is also dropped for kinds of layers without a name that tells whether
+    they are transposed, such as Conv_0 or ConvTranspose_0.
     """
 
     def unordered(kind: Kind) -> Kind:
@@ -124,15 +124,17 @@ def unoriented(torch: Layers, flax: Layers, cautious: bool) -> tuple[Layers, Lay
 
 
 def _inside(layer: Layer, module: Path) -> bool:
+    """Whether a layer is inside a module."""
     return layer.parts[: len(module)] == module
 
 
 def _kinds_inside(layers: Layers, module: Path) -> Counter[Kind]:
+    """The number of layers of each kind inside a module."""
     return kinds(tuple(layer for layer in layers if _inside(layer, module)))
 
 
 def _marked(layers: Layers, modules: Mapping[Path, Path]) -> Layers:
-    """The layers, whose kinds tell in which of these modules they are."""
+    """The layers. Their kinds tell which of these modules they are in."""
     marks = {module: ("/".join(mark), ()) for module, mark in modules.items()}
     return tuple(
         layer._replace(
@@ -145,14 +147,14 @@ def _marked(layers: Layers, modules: Mapping[Path, Path]) -> Layers:
 def ways(torch: Layers, flax: Layers, depth: int = 0) -> list[dict[str, str]]:
     """Two ways to match all layers, or the only one, or none.
 
-    `torch` is in order; the order of `flax` plays no part. Flax's names are read from a depth on.
+    `torch` is in order. The order of `flax` does not matter. Flax's names are read from `depth` on.
     Ways in which their numbers follow torch's order are preferred.
     """
     if kinds(torch) != kinds(flax):
         return []
     pairs = agreeing(torch, flax, depth)
     if any(_kinds_inside(torch, t) != _kinds_inside(flax, f) for t, f in pairs.items()):
-        pairs = {}  # the names mean something else
+        pairs = {}  # the names do not correspond
     torch, flax = _marked(torch, pairs), _marked(flax, {f: f for f in pairs.values()})
     if len(kinds(torch)) == len(torch):
         path = {layer.kind: layer.name for layer in flax}
@@ -167,19 +169,19 @@ class _Child(NamedTuple):
     """A child of a Flax module."""
 
     name: str
-    depth: int  # from which on the names of its layers are its own
+    depth: int  # of its name in the paths of its layers
     layers: Layers
 
 
 class _Family(NamedTuple):
-    """Children of which the first comes next, or, where not `ordered`, any."""
+    """Children of which the first comes next, or any of them if not `ordered`."""
 
     ordered: bool
     children: tuple[_Child, ...]
 
 
 def _children(flax: Layers, depth: int) -> list[_Child]:
-    """The layers by the module that has them; lists are none, but their elements."""
+    """The layers, grouped by child module. The elements of a list count as children."""
     layers: defaultdict[Path, Layers] = defaultdict(tuple)
     for layer in flax:
         stop = depth + 1
@@ -190,7 +192,7 @@ def _children(flax: Layers, depth: int) -> list[_Child]:
 
 
 def _paired(children: list[_Child]) -> list[_Child]:
-    """A convolution and its norm as one child, where each of the one sort has one of the other."""
+    """A convolution and its norm as one child, if each of one sort has one of the other."""
     alike = defaultdict(list)
     for child in children:
         alike[_residue(child.name)].append(child)
@@ -212,7 +214,7 @@ def _paired(children: list[_Child]) -> list[_Child]:
 
 
 def _numbered(children: list[_Child], named: set[Path]) -> dict[str, tuple[_Child, ...]]:
-    """Children that differ in their numbers alone, in the order of these, but for `named` ones."""
+    """Children that differ only in their numbers, in their order, except for `named` ones."""
     stems = defaultdict(list)
     for child in children:
         if not {layer.parts[: child.depth] for layer in child.layers} <= named:
@@ -227,7 +229,7 @@ def _numbered(children: list[_Child], named: set[Path]) -> dict[str, tuple[_Chil
 def _attempts(
     torch: Layers, children: list[_Child], named: set[Path]
 ) -> Iterator[tuple[_Family, ...]]:
-    """Families of which all are in order, then those that can be, then none."""
+    """Sets of families: first with all in order, then those that can be in order, then none."""
     both = _paired(children), children
     for some in both:
         yield _families(some, {*_numbered(some, named)}, named)
@@ -252,7 +254,7 @@ def _families(children: list[_Child], stems: set[str], named: set[Path]) -> tupl
 
 
 def _orderly(torch: Layers, children: list[_Child], named: set[Path]) -> set[str]:
-    """The stems whose order fits, and whose layers are apart from those whose order does not."""
+    """The stems whose order fits, with layers apart from those of stems that do not fit."""
     numbered = _numbered(children, named)
     span = {}
     for stem, some in numbered.items():
@@ -275,7 +277,7 @@ def _orderly(torch: Layers, children: list[_Child], named: set[Path]) -> set[str
 def _fillings(
     torch: Layers, start: int, families: tuple[_Family, ...], dead: set[tuple[int, ...]]
 ) -> Iterator[dict[str, str]]:
-    """The ways to give torch's layers from `start` on, in turn, to the children of a module."""
+    """The ways to give torch's layers from `start` on, in order, to the children of a module."""
     if start == len(torch):
         yield {}
         return
@@ -299,7 +301,7 @@ def _fillings(
 
 
 def _crosses(torch: Layers, start: int, stop: int) -> bool:
-    """Whether a torch module has layers both inside and outside, and not all of those inside."""
+    """Whether the range splits a torch module that does not contain the whole range."""
 
     def shared(i: int, j: int) -> int:
         return _shared(torch[i].parts, torch[j].parts)
@@ -311,7 +313,7 @@ def _crosses(torch: Layers, start: int, stop: int) -> bool:
 
 
 def orders(torch: Layers) -> list[Layers]:
-    """Two orders of layers of which only numbers tell one: all else is the other way around."""
+    """Two orders of layers for which only numbers tell an order: everything else is reversed."""
     names = sorted({_stem(_residue(part)) for layer in torch for part in layer.parts})
 
     def key(layer: Layer, sign: int) -> list[tuple[int, tuple[int, ...], str]]:
@@ -322,12 +324,15 @@ def orders(torch: Layers) -> list[Layers]:
 
 
 def _residue(name: str) -> str:
+    """A name without the words for convolutions and norms."""
     return _WORDS.sub("", name).strip("_")
 
 
 def _stem(name: str) -> str:
+    """A name without its numbers."""
     return _NUMBER.sub("#", name)
 
 
 def _order(name: str) -> tuple[int, ...]:
+    """The numbers in a name."""
     return tuple(map(int, _NUMBER.findall(name)))

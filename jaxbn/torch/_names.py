@@ -33,7 +33,11 @@ from jaxbn.torch._tensors import opened, unwrapped
 
 
 class Names(dict[str, str]):
-    """The `names` of a model, of which those in `guessed` were found by shape and order."""
+    """The `names` of a model: a dict of torch module names and paths of Flax modules.
+
+    Attributes:
+      guessed: the items that were found by shape and order, not by name.
+    """
 
     guessed: dict[str, str]
 
@@ -51,53 +55,54 @@ def match_names(
     known: Mapping[str, str] | None = None,
     transposed: Collection[str] | None = None,
 ) -> Names:
-    """The `names` for `from_state_dict`: the path of the Flax module of each torch module.
+    """Finds the `names` for `from_state_dict`: the path of the Flax module of each torch module.
 
-    Names come first. They agree where their words and numbers do: `layer1.0.bn1` is
-    `layer1_0/bn1`, `layer1/0/bn1` (a list of NNX) or `layer1/layers_0/bn1` (`nn.Sequential`). What
-    all names of one side begin with (`model.`) does not count. A number agrees only where both
-    sides have the same numbers in its place: those of 0, 2, 4 are not those of 0, 1, 2.
+    Names come first. They agree if their words and numbers agree: `layer1.0.bn1` is `layer1_0/bn1`,
+    `layer1/0/bn1` (a list of NNX) or `layer1/layers_0/bn1` (`nn.Sequential`). A common beginning of
+    all names of one side, such as `model.`, is ignored. A number agrees only if both sides have the
+    same numbers in its place: 0, 2, 4 do not agree with 0, 1, 2.
 
-    All other pairs are guesses, listed in `guessed`. Their shapes are equal. A guess assumes that
+    All other pairs are guesses between layers of equal shapes, and are listed in `guessed`. A guess
+    assumes these rules:
 
-    - modules with layers in them correspond where their names agree, whatever is inside;
-    - the layers of a Flax module are neighbours in torch, and no torch module has a part of them
-      beside other layers;
+    - Modules that contain layers correspond if their names agree, whatever is inside.
+    - The layers of a Flax module are neighbors in torch. No torch module has some of them together
+      with other layers.
     - Flax calls modules that differ in a number (`Conv_0`, `Conv_1`) in the order in which torch
-      registers theirs, and each in a statement of its own. Of `nn.Dense(4)(nn.Dense(4)(x))` the
-      outer one, called last, is `Dense_0`, since Flax numbers modules where they are constructed.
-      Where the shapes contradict the order (a shortcut that is called first), shapes alone decide
-      on these modules, and on all between the first and the last of them in torch;
-    - a convolution and a batch norm whose names differ in nothing else (`Conv_1` and
-      `BatchNorm_1`, `conv_proj` and `norm_proj`) are neighbours, where all numbers of the one have
-      a partner among the other.
+      registers its modules, and each in a statement of its own. In `nn.Dense(4)(nn.Dense(4)(x))`,
+      the outer one, which is called last, is `Dense_0`, since Flax numbers modules where they are
+      constructed. If the shapes contradict the order (a shortcut that is called first), only shapes
+      decide on these modules, and on all between the first and the last of them in torch.
+    - A convolution and a batch norm whose names differ in nothing else (`Conv_1` and `BatchNorm_1`,
+      `conv_proj` and `norm_proj`) are neighbors, if all numbers of the one have a partner among the
+      other.
 
-    Where more than one way fits, there is no guess but an error. The order of keys in `variables`
-    plays no part. That of keys in `state_dict` is the order of torch's modules, unless it is
-    alphabetical, as in `.safetensors` files; then only numbers tell an order.
+    If more than one way fits, an error is raised instead of a guess. The order of keys in
+    `variables` does not matter. The order of keys in `state_dict` is that of torch's modules,
+    unless it is alphabetical, as in `.safetensors` files. Only numbers then tell an order.
 
     Args:
-      state_dict: see `from_state_dict`; all its layers must be in the Flax model.
-      variables: what the Flax model's `init` returns, or `jax.eval_shape` of it.
-      prefix: see `from_state_dict`. Needed only where there are layers that do not begin with it.
-      known: pairs that you know, `{"layer1.0.downsample.0": "Block_0/Conv_0"}`. They are taken as
-        they are.
-      transposed: see `from_state_dict`; `[]` where no convolution is transposed. None means that
+      state_dict: as for `from_state_dict`. All its layers must be in the Flax model.
+      variables: variables that the Flax model's `init` returns, or `jax.eval_shape` of it.
+      prefix: as for `from_state_dict`. Needed only if some layers do not begin with it.
+      known: pairs that you know, such as `{"layer1.0.downsample.0": "Block_0/Conv_0"}`. They are
+        not checked against the rules.
+      transposed: as for `from_state_dict`; `[]` if no convolution is transposed. None means that
         you do not know. Without a bias, a weight of 8 and 4 channels may then belong to a
-        convolution from 4 to 8 channels or to a transposed one from 8 to 4. Both are tried, and
-        refused where they fit in different ways.
+        convolution from 4 to 8 channels, or to a transposed one from 8 to 4. Both are tried, and
+        refused if they fit in different ways.
 
     Returns:
-      A dict of all layers, in torch's order. Its attribute `guessed` is the dict of those that were
-      not found by name. Which convolutions are `transposed` it does not tell.
+      A dict of all layers, in torch's order. Its attribute `guessed` is a dict of the layers that
+        were not found by name. It does not tell which convolutions are `transposed`.
 
     Raises:
-      TypeError: `state_dict` is neither mapping nor path.
-      ValueError: the layers of the two sides differ in shape or number, more than one way to match
-        them fits, or none; the message lists both sides. `known` has a name or a path that is not
-        there, `transposed` has a name that is not of a convolution, or no key begins with `prefix`.
+      TypeError: `state_dict` is neither a mapping nor a path.
+      ValueError: the layers of the two sides differ in shape or number, or none or several ways of
+        matching fit (the message lists both sides); `known` has a name or a path that does not
+        exist, `transposed` has a name that is not of a convolution, or no key begins with `prefix`.
 
-    Example:
+    Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
       >>> from jaxbn.torch import from_state_dict, match_names
       >>> class Net(nn.Module):
@@ -153,7 +158,7 @@ def match_names(
     agreed = agreeing(*rest)
     by_name = {t.name: paths[agreed[t.parts]] for t in rest[0] if agreed.get(t.parts) in paths}
     given = {**known}
-    if len(by_name) == len(rest[0]) == len(rest[1]):  # their shapes are judged by the import
+    if len(by_name) == len(rest[0]) == len(rest[1]):  # the import will check their shapes
         given |= by_name
     exact = anchored(given, torch, flax)
     readings = [exact]
@@ -165,6 +170,7 @@ def match_names(
 
 
 def _shapes_of_entries(entries: Mapping[str, Any]) -> dict[str, dict[str, Shape]]:
+    """The shapes of the entries of each torch module."""
     shapes: dict[str, dict[str, Shape]] = {}
     for key, value in entries.items():
         name, _, entry = key.rpartition(".")
@@ -189,7 +195,7 @@ def _shapes_of_variables(
 
 
 def _layers(side: Mapping[str, Mapping[str, Shape]], mark: str, swapped: Collection[str]) -> Layers:
-    """The layers of one side, `swapped` ones in the layout of ordinary convolutions."""
+    """The layers of one side, with `swapped` ones in the layout of ordinary convolutions."""
 
     def kind(name: str, shapes: Mapping[str, Shape]) -> Kind:
         if name in swapped and "weight" in shapes:
@@ -203,6 +209,7 @@ def _layers(side: Mapping[str, Mapping[str, Shape]], mark: str, swapped: Collect
 
 
 def _check_known(known: Mapping[str, str], torch: Layers, flax: Layers) -> None:
+    """Refuses known names and paths that do not exist, or occur twice."""
     there = [{layer.name for layer in side} for side in (torch, flax)]
     strange = sorted({*known} - there[0]) + sorted({*known.values()} - there[1])
     if strange or len({*known.values()}) < len(known):
@@ -213,7 +220,7 @@ def _check_known(known: Mapping[str, str], torch: Layers, flax: Layers) -> None:
 
 
 def _alphabetical(entries: Mapping[str, Any]) -> bool:
-    """Whether the keys are sorted, within each dtype, so that `bias` is before `weight`."""
+    """Whether the keys of each dtype are sorted, so that `bias` comes before `weight`."""
     keys = defaultdict(list)
     for key, value in entries.items():
         keys[str(getattr(value, "dtype", ""))].append(key)
@@ -223,13 +230,13 @@ def _alphabetical(entries: Mapping[str, Any]) -> bool:
 def _only_way(
     readings: list[tuple[Layers, Layers]], entries: Mapping[str, Any], variables: Mapping[str, Any]
 ) -> dict[str, str]:
-    """The only way to match the layers; otherwise an error that shows both sides."""
-    torch, flax = readings[-1]  # that in which most is alike
+    """The only way to match the layers. Otherwise an error shows both sides."""
+    torch, flax = readings[-1]  # in which most layers are alike
     theirs, ours = kinds(torch), kinds(flax)
     if theirs != ours:
         title = (
-            "The torch model and the Flax model must have the same layers; leave out what takes no "
-            "part. They differ in these, shapes in torch's layout:"
+            "The torch model and the Flax model must have the same layers; leave out those that "
+            "take no part. They differ in these (shapes in torch's layout):"
         )
         lines = _both_sides(torch, flax, (theirs - ours) | (ours - theirs))
         lines += [*statistics_hint(entries, variables), *onnx_hint(entries)]
@@ -280,4 +287,5 @@ def _both_sides(torch: Layers, flax: Layers, shown: Container[Kind]) -> list[str
 
 
 def _text(kind: Kind) -> str:
+    """A kind in words."""
     return ", ".join(f"{entry} {list(shape)}" for entry, shape in kind if entry in ENTRIES)

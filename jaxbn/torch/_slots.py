@@ -1,4 +1,4 @@
-"""Which entry of a `state_dict` is which variable of a Flax model, and in what shape."""
+"""The mapping of entries of a `state_dict` to variables of a Flax model, and their shapes."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -9,7 +9,7 @@ import numpy as np
 from jaxbn.torch._tensors import torch_axes
 
 Shape = tuple[int, ...]
-Path = tuple[Any, ...]  # of names, and of numbers in the lists of nnx
+Path = tuple[Any, ...]  # of names, and numbers in lists of NNX
 
 # In torch's order: the collection of each entry, and the names that its variable may have.
 ENTRIES = {
@@ -20,7 +20,7 @@ ENTRIES = {
     "num_batches_tracked": ("batch_stats", ("count",)),
 }
 DIMENSIONS = {"kernel": (2, 5), "embedding": (2, 2), "negative_slope": (0, 0), "count": (0, 0)}
-# What a weight of 1, 2 or 3 dimensions may belong to. A bias tells the first two, and not the last.
+# Layers that a weight of 1, 2 or 3 dimensions may belong to. A bias settles 1 and 2, but not 3.
 AMBIGUOUS = {
     1: "a norm without bias or a PReLU",
     2: "a dense layer without bias or an embedding",
@@ -38,7 +38,7 @@ class NamedLayer(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """The variable of an entry."""
+    """The variable for an entry."""
 
     path: Path  # collection, modules, variable
     shape: Shape  # in torch's layout
@@ -48,7 +48,7 @@ class Slot(NamedTuple):
 def named_layers(
     prefix: str, names: Mapping[str, str] | None, transposed: Collection[str]
 ) -> list[NamedLayer]:
-    """The layers that `names` lists, or the only one, which has no name."""
+    """The layers listed in `names`, or the only layer, which has no name."""
     names, transposed = {"": ""} if names is None else names, set(transposed)
     if not isinstance(names, Mapping) or not all(isinstance(p, str) for p in names.values()):
         raise TypeError(
@@ -94,12 +94,12 @@ def leaves(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any
 
 
 def joined(path: Path) -> str:
-    """A path as `names` has it."""
+    """A path in the form that `names` uses."""
     return "/".join(map(str, path))
 
 
 def checked_collections(variables: Any) -> dict[str, Mapping[Any, Any]]:
-    """The collections `params` and `batch_stats` of what a model's `init` returns."""
+    """The collections `params` and `batch_stats` of the variables that a model's `init` returns."""
     mapping = isinstance(variables, Mapping)
     if not mapping or (variables and not {"params", "batch_stats"} & variables.keys()):
         given = sorted(map(str, variables)) if mapping else type(variables).__name__
@@ -118,7 +118,7 @@ def checked_collections(variables: Any) -> dict[str, Mapping[Any, Any]]:
 def slots_of_variables(
     layers: list[NamedLayer], variables: Mapping[str, Any]
 ) -> tuple[dict[str, Slot], list[str]]:
-    """What a model asks for, and the paths of the variables that no layer has."""
+    """The slots of a model, and the paths of the variables that no layer has."""
     shapes = {path: np.shape(value) for path, value in leaves(checked_collections(variables))}
     paths = {tuple(map(str, path)): path for path in shapes}
     slots = {}
@@ -133,7 +133,7 @@ def slots_of_variables(
 
 
 def _torch_shape(path: Path, shape: Shape, layer: NamedLayer) -> Shape:
-    """The shape in torch of a variable of this path and shape."""
+    """The shape in torch's layout of a variable of this path and shape."""
     *_, module, name = path
     _check_dimensions(joined(path), name, len(shape), layer.transposed)
     if name == "negative_slope":
@@ -149,7 +149,7 @@ def _torch_shape(path: Path, shape: Shape, layer: NamedLayer) -> Shape:
 
 
 def slots_of_entries(layers: list[NamedLayer], entries: Mapping[str, Any]) -> dict[str, Slot]:
-    """What a dict asks of itself: each layer has entries, and they are of one module of torch."""
+    """The slots of a dict without `variables`: each layer has the entries of a torch module."""
     slots, ambiguous = {}, []
     for layer in layers:
         shapes = {
@@ -197,6 +197,7 @@ def _shapes_of_module(shapes: Mapping[str, Shape], transposed: bool) -> dict[str
 
 
 def _check_dimensions(owner: str, name: str, ndim: int, transposed: bool) -> None:
+    """Refuses a number of dimensions that variables of this name do not have."""
     fewest, most = DIMENSIONS.get(name, (1, 1))
     if transposed and name in ENTRIES["weight"][1]:
         fewest, most = 3, 5

@@ -1,4 +1,4 @@
-"""PyTorch's `state_dict`s as Flax variables, and back. torch is never imported."""
+"""Conversion of a `state_dict` of torch to Flax variables, and back. torch is never imported."""
 
 import contextlib
 import os
@@ -41,7 +41,7 @@ def from_state_dict(
     variables: Mapping[str, Any] | None = None,
     transposed: Collection[str] = (),
 ) -> tuple[Tree, Tree]:
-    """The variables of a Flax model, or of one layer, from the `state_dict` of a torch model.
+    """Converts the `state_dict` of a torch model to the variables of a Flax model, or of one layer.
 
         normalization  scale = weight    bias = bias    mean = running_mean    var = running_var
                        count = num_batches_tracked
@@ -51,52 +51,52 @@ def from_state_dict(
         embedding      embedding[n, f] = weight[n, f]
         PReLU          negative_slope = weight[0]
 
-    Without `names` the dict, or what it has under `prefix`, is that of one layer, and the results
-    are the collections of a `jaxbn.linen.BatchNorm2d`. With `names` it is that of a model.
+    Without `names`, the dict, or its part under `prefix`, belongs to one layer, and the results are
+    the collections of a `jaxbn.linen.BatchNorm2d`. With `names`, it belongs to a model.
 
-    Values keep their dtype and every bit, float64 and bfloat16 included, but for those of batch
-    norm that training changes: a mean or a variance in half precision becomes float32, exactly, and
-    `count` turns from int64 into int32. What the dict lacks (`affine=False`, `bias=False`,
-    `track_running_stats=False`) the results lack.
+    Values keep their dtype and every bit, also in float64 and bfloat16. The exceptions are values
+    of batch norm that training changes: a mean or a variance in half precision becomes float32,
+    exactly, and `count` changes from int64 to int32. Entries that the dict lacks (`affine=False`,
+    `bias=False`, `track_running_stats=False`) are missing in the results, too.
 
-    What wrappers put into keys is taken off, unless `prefix` or a name has it: `module.` before
-    every key (`DataParallel`, `DistributedDataParallel`, `AveragedModel`, whose `n_averaged` is
-    left out), and anywhere `_orig_mod.` (`torch.compile`) and `_fsdp_wrapped_module.`.
+    Additions of wrappers to the keys are removed, unless `prefix` or a name contains them:
+    `module.` in front of all keys (`DataParallel`, `DistributedDataParallel`, `AveragedModel`,
+    whose `n_averaged` is ignored), and anywhere `_orig_mod.` (`torch.compile`) and
+    `_fsdp_wrapped_module.`.
 
     Args:
       state_dict: a mapping of torch tensors, NumPy or JAX arrays, or the path of a `.safetensors`
-        file, for which the package safetensors must be installed.
-      prefix: what the keys begin with, `"backbone.bn1."`; others are not looked at.
+        file, which needs the package safetensors.
+      prefix: beginning of the keys, such as `"backbone.bn1."`. Other keys are ignored.
       names: the torch module names, after the prefix, of all layers with entries in the dict, and
-        the paths of the Flax modules: `{"layer1.0.bn1": "layer1_0/bn1"}`.
-      variables: what the Flax model's `init` returns, or `jax.eval_shape` of it; of an NNX model
-        `{"params": nnx.state(model, nnx.Param), "batch_stats": nnx.state(model, nnx.BatchStat)}`.
-        Then the dict must have every variable of the model in `params` and `batch_stats`, in its
-        shape; `count` is left out where the model has none, and 0 where the dict has none
-        (`FrozenBatchNorm2d`, files older than torch 0.4.1). Without `variables` the dict is judged
-        by itself. A weight that may be of layers of two kinds is refused then: of 1 dimension
-        without bias (a norm, a PReLU), of 2 without bias (dense, an embedding) and of 3
-        (`Conv1d`, `Bilinear`).
-      transposed: the names of transposed convolutions, which nothing in the dict tells. Their Flax
+        the paths of the Flax modules: `{"layer1.0.bn1": "layer1_0/bn1"}`. `match_names` finds them.
+      variables: variables that the Flax model's `init` returns, or `jax.eval_shape` of it. For an
+        NNX model, pass `{"params": nnx.state(model, nnx.Param), "batch_stats": nnx.state(model,
+        nnx.BatchStat)}`. The dict must then have every variable of the model in `params` and
+        `batch_stats`, in its shape. `count` is dropped if the model has none, and is 0 if the dict
+        has none (`FrozenBatchNorm2d`, files older than torch 0.4.1). Without `variables`, a weight
+        that may belong to layers of two kinds is refused: of 1 dimension without bias (a norm, a
+        PReLU), of 2 without bias (dense, an embedding) and of 3 (`Conv1d`, `Bilinear`).
+      transposed: names of the transposed convolutions, which the dict does not tell. Their Flax
         module is `flax.linen.ConvTranspose(transpose_kernel=False)`, with one group. Pass them to
         `match_names`, too.
 
     Returns:
       `(params, batch_stats)`, nested dicts of NumPy arrays that share no memory with the dict. They
-      have the keys of `variables`, so `nnx.update(model, params, batch_stats)` sets an NNX model.
+        have the keys of `variables`, so `nnx.update(model, params, batch_stats)` sets an NNX model.
 
     Raises:
-      TypeError: `state_dict` is neither mapping nor path, `variables` is of another type, a weight
-        is not float16, bfloat16, float32 or float64, or a count not an integer.
+      TypeError: `state_dict` is neither a mapping nor a path, `variables` has another type, a
+        weight is not float16, bfloat16, float32 or float64, or a count is not an integer.
       ValueError: entries are missing, unexpected or of another shape (in torch's words, all at
         once), a module cannot be imported (recurrent, attention, parametrized), `state_dict` is a
         checkpoint with the dict inside, running statistics are not finite, a variance is negative,
-        a count does not fit into int32, two names have one path, a name ends in a dot,
-        `transposed` names something else or lacks a `ConvTranspose_0`, or it takes `variables` to
-        know what a weight is of.
+        a count does not fit into int32, two names have one path, a name ends in a dot, `transposed`
+        has another name or lacks a `ConvTranspose_0`, or only `variables` could tell the kind of a
+        weight.
       ImportError: a path is given and safetensors is not installed.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> from jaxbn.torch import from_state_dict
       >>> state_dict = {
@@ -162,34 +162,35 @@ def to_state_dict(
     transposed: Collection[str] = (),
     statistics_dtype: DTypeLike | None = None,
 ) -> dict[str, Array]:
-    """The `state_dict` of a torch model from the variables of a Flax model: the way back.
+    """Converts the variables of a Flax model to the `state_dict` of a torch model.
 
-    It inverts `from_state_dict`, with its formulas, and gives the bits back that came in. To load
-    the result, `model.load_state_dict({k: torch.from_numpy(v) for k, v in result.items()})`, which
+    It inverts `from_state_dict`, with its formulas, and returns the bits that came in. To load the
+    result, use `model.load_state_dict({k: torch.from_numpy(v) for k, v in result.items()})`, which
     rounds float32 statistics for a module in half precision.
 
     Args:
       params: the collection `params`: nested dicts of NumPy or JAX arrays.
-      batch_stats: the collection `batch_stats`, `{}` where there is none.
-      prefix: what the keys shall begin with: `"module."` for a `DistributedDataParallel` model.
-      names: see `from_state_dict`. They must cover all variables; the result is in their order.
-      transposed: see `from_state_dict`.
-      statistics_dtype: the dtype of running means and variances, for a file of a module in half
-        precision: float16, bfloat16, float32 or float64. None keeps that of the variables.
+      batch_stats: the collection `batch_stats`; `{}` if there is none.
+      prefix: beginning of the keys: `"module."` for a `DistributedDataParallel` model.
+      names: as for `from_state_dict`. They must cover all variables. The result has their order.
+      transposed: as for `from_state_dict`.
+      statistics_dtype: dtype of running means and variances, for a file of a module in half
+        precision: float16, bfloat16, float32 or float64. None keeps the dtype of the variables.
 
     Returns:
-      NumPy arrays, contiguous, writable and sharing no memory with the variables, in the order
-      of each torch module: weight, bias, running_mean, running_var, num_batches_tracked (int64).
+      NumPy arrays, contiguous, writable and sharing no memory with the variables, in the order of
+        each torch module: `weight`, `bias`, `running_mean`, `running_var`, `num_batches_tracked`
+        (int64).
 
     Raises:
       TypeError: a variable or `statistics_dtype` is not float16, bfloat16, float32 or float64, a
-        count not an integer, or a collection not a mapping.
+        count is not an integer, or a collection is not a mapping.
       ValueError: no name covers a variable, a variable has another number of dimensions than its
-        kind, running statistics are not finite or not in `statistics_dtype`, a variance or a count
-        is negative, two names have one path, a name ends in a dot, `transposed` names something
-        else or lacks a `ConvTranspose_0`.
+        kind, running statistics are not finite or do not fit into `statistics_dtype`, a variance or
+        a count is negative, two names have one path, a name ends in a dot, or `transposed` has
+        another name or lacks a `ConvTranspose_0`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from jaxbn.linen import BatchNorm1d
       >>> from jaxbn.torch import to_state_dict
@@ -238,7 +239,7 @@ def to_state_dict(
 
 
 def _agree_on_counts(layers: list[NamedLayer], slots: dict[str, Slot], entries: Tree) -> None:
-    """A model that keeps no count needs none; that of an old file begins at 0."""
+    """Drops the count for a model without one, and starts that of an old file at 0."""
     for layer in layers:
         key = layer.prefix + "num_batches_tracked"
         if key in slots:
@@ -248,7 +249,7 @@ def _agree_on_counts(layers: list[NamedLayer], slots: dict[str, Slot], entries: 
 
 
 def _problems(entries: Tree, slots: dict[str, Slot], uncovered: list[str]) -> list[str]:
-    """All that does not fit, in torch's words."""
+    """Everything that does not fit, in torch's words."""
     problems = [
         f"{what}: {', '.join(names)}. "
         for what, names in (
@@ -275,7 +276,7 @@ def _converted(
     layout: Callable[[Array, str, bool], Array],
     dtype: np.dtype[Any] | None,
 ) -> Array:
-    """A copy in another layout, contiguous, of this dtype or its own in the machine's order."""
+    """A contiguous copy in another layout, in this dtype or its own in native byte order."""
     name = slot.path[-1]
     check_statistics(array, key, name)
     array = layout(array, name, slot.transposed)

@@ -1,4 +1,4 @@
-"""What a `state_dict` holds: where it comes from, its values and their layouts."""
+"""The contents of a `state_dict`: its source, values and layouts."""
 
 import os
 import sys
@@ -12,13 +12,13 @@ from jaxbn._checks import FLOAT_DTYPES
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# What torch.compile, fully sharded training and activation checkpointing put into names.
+# Parts of names that torch.compile, FSDP and activation checkpointing add.
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-DATA_PARALLEL = "module."  # before every name; AveragedModel has it, too, beside `n_averaged`
+DATA_PARALLEL = "module."  # in front of all names; also in AveragedModel, with `n_averaged`
 
 
 def opened(state_dict: Any) -> dict[str, Any]:
-    """The entries of a mapping or of a `.safetensors` file, not yet looked at."""
+    """The entries of a mapping or of a `.safetensors` file, not yet checked."""
     if isinstance(state_dict, str | os.PathLike):
         return _read(os.fspath(state_dict))
     if not isinstance(state_dict, Mapping) or not all(isinstance(k, str) for k in state_dict):
@@ -45,14 +45,14 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def unwrapped(tensors: dict[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
-    """Without what wrappers of a model put into the keys, unless a key is wanted so."""
+    """The entries without additions of wrappers to the keys, unless a wanted prefix has them."""
     prefixes = tuple(wanted)
     removed = WRAPPERS - {name for prefix in prefixes for name in prefix.split(".")}
     inner = {
         ".".join(name for name in key.split(".") if name not in removed): value
         for key, value in tensors.items()
     }
-    if len(inner) < len(tensors):  # Two keys have become one, and neither may be lost.
+    if len(inner) < len(tensors):  # Two keys became one, and neither may be lost.
         inner = tensors
     parallel = inner.keys() - {"n_averaged"}
     if not parallel or not all(key.startswith(DATA_PARALLEL) for key in parallel):
@@ -87,7 +87,7 @@ def _from_torch(tensor: Any) -> Any:
 
 
 def check_statistics(array: Array, key: str, name: str) -> None:
-    """A mean is finite, a variance not negative either, and a count fits into int32."""
+    """Refuses statistics that are not finite, a negative variance, and a count not in int32."""
     if name == "count":
         if not np.issubdtype(array.dtype, np.integer):
             raise TypeError(
@@ -96,8 +96,8 @@ def check_statistics(array: Array, key: str, name: str) -> None:
             )
         if not 0 <= array <= np.iinfo(np.int32).max:
             raise ValueError(
-                f"`{key}` must fit into int32 and not be negative; got {array}. It matters with "
-                "momentum=None only: otherwise any number will do."
+                f"`{key}` must fit into int32 and not be negative; got {array}. Its value matters "
+                "only with momentum=None; otherwise, use any number."
             )
     elif name in ("mean", "var"):
         with np.errstate(invalid="ignore"):  # a signaling NaN
@@ -108,20 +108,20 @@ def check_statistics(array: Array, key: str, name: str) -> None:
                 "overflowed in half precision, before this was saved."
             )
         if name == "var" and (array < 0).any():
-            raise ValueError(f"`{key}` must not be negative, a variance; got {array.min()}.")
+            raise ValueError(f"`{key}` is a variance and must not be negative; got {array.min()}.")
 
 
 def torch_axes(ndim: int, transposed: bool) -> tuple[int, ...]:
-    """Which axes of a Flax kernel (*spatial, I, O) torch's (O, I, *spatial) are.
+    """The axes of a Flax kernel (*spatial, I, O) in the order of torch's weight, (O, I, *spatial).
 
-    Torch's transposed convolutions are (I, O, *spatial). Without spatial axes the layer is dense.
+    torch's transposed convolutions have (I, O, *spatial). Without spatial axes, the layer is dense.
     """
     channels = (ndim - 2, ndim - 1) if transposed else (ndim - 1, ndim - 2)
     return channels + tuple(range(ndim - 2))
 
 
 def to_torch(array: Array, name: str, transposed: bool) -> Array:
-    """A view in torch's layout; the kernel of a transposed convolution is flipped in space."""
+    """A view in torch's layout. The kernel of a transposed convolution is flipped in space."""
     if name == "negative_slope":
         return array.reshape(1)
     if name != "kernel":
@@ -132,7 +132,7 @@ def to_torch(array: Array, name: str, transposed: bool) -> Array:
 
 
 def to_flax(array: Array, name: str, transposed: bool) -> Array:
-    """A view in Flax's layout, the inverse of `to_torch`."""
+    """A view in Flax's layout: inverts `to_torch`."""
     if name == "negative_slope":
         return array.reshape(())
     if name != "kernel":

@@ -353,7 +353,7 @@ CASES = {
     "no batch in haiku": (
         lambda: interop.from_haiku(haiku_state(counter=0)),
         ValueError,
-        "must have averaged as many batches, at least 1; got 0 and 0. Before the first, use init_",
+        "averaged the same number of batches, at least 1; got 0 and 0. Before the first, use init_",
     ),
     "different batches in haiku": (
         lambda: interop.from_haiku(haiku_state(other=5)),
@@ -363,22 +363,22 @@ CASES = {
     "several axes": (
         lambda: interop.from_haiku(haiku_state(jnp.ones((1, 2, 3)))),
         ValueError,
-        "Only the channels may be left; got averages of (1, 2, 3).",
+        "one axis longer than 1, the channel axis; got shape (1, 2, 3).",
     ),
     "no batch for haiku": (
         lambda: interop.to_haiku(INITIAL, haiku_state(), decay_rate=0.9),
         ValueError,
-        "Haiku has no average of 0 batches; use stats._replace(count=…).",
+        "`stats` must have at least 1 batch; got 0. Use stats._replace(count=…).",
     ),
     "other channels for haiku": (
         lambda: interop.to_haiku(STATS, haiku_state(jnp.ones((1, 3))), decay_rate=0.9),
         ValueError,
-        "`stats` are of 5 channels, those in batch_norm/~/mean_ema of (1, 3).",
+        "the channels of batch_norm/~/mean_ema, which has shape (1, 3); got 5 channels.",
     ),
     "several axes for haiku": (
         lambda: interop.to_haiku(SIX, haiku_state(jnp.ones((1, 2, 3))), decay_rate=0.9),
         ValueError,
-        "`stats` are of 6 channels, those in batch_norm/~/mean_ema of (1, 2, 3).",
+        "the channels of batch_norm/~/mean_ema, which has shape (1, 2, 3); got 6 channels.",
     ),
     "decay rate": (
         lambda: interop.to_haiku(STATS, haiku_state(), decay_rate=1.0),
@@ -410,7 +410,7 @@ CASES = {
     "no count for equinox": (
         lambda: interop.to_equinox(STATS._replace(count=jnp.int32(0)), momentum=0.9),
         ValueError,
-        "Averages of 0 batches are 0 and 1; use stats._replace(count=…).",
+        "`stats` of 0 batches must have mean 0 and variance 1; got other values.",
     ),
     "count for keras": (
         lambda: interop.to_keras(STATS),
@@ -420,7 +420,7 @@ CASES = {
     "weights of renormalization": (
         lambda: interop.from_keras([STATS.mean] * 7),
         ValueError,
-        "`weights` must be gamma and beta, where there are any, moving_mean and moving_variance; "
+        "`weights` must be gamma and beta, if there are any, moving_mean and moving_variance; "
         "got 7 arrays.",
     ),
     "shapes": (

@@ -419,8 +419,8 @@ REFUSED = {
     "another number, another shape": (
         [("a", "Conv_0", C), ("b", "Conv_1", C), ("fc", "head", D)],
         [("a", "Conv_0", C), ("fc", "head", dense(4, 5))],
-        "The torch model and the Flax model must have the same layers; leave out what takes no "
-        "part. They differ in these, shapes in torch's layout:"
+        "The torch model and the Flax model must have the same layers; leave out those that take "
+        "no part. They differ in these (shapes in torch's layout):"
         "\n\tweight [4, 4, 3, 3]: torch a, b; Flax Conv_0"
         "\n\tweight [4, 4], bias [4]: torch fc; Flax none"
         "\n\tweight [5, 4], bias [5]: torch none; Flax head",

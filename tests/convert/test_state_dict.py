@@ -487,12 +487,12 @@ CASES = {
     "a negative variance": (
         lambda: from_state_dict(bad("running_var", np.array([1.0, -0.5, 1.0]))),
         ValueError,
-        "`running_var` must not be negative, a variance; got -0.5.",
+        "`running_var` is a variance and must not be negative; got -0.5.",
     ),
     "a negative variance, the way back": (
         lambda: to_state_dict({}, {"mean": V3, "var": -V3, "count": np.int32(0)}),
         ValueError,
-        "`running_var` must not be negative, a variance; got -1.0.",
+        "`running_var` is a variance and must not be negative; got -1.0.",
     ),
     "a float count": (
         lambda: from_state_dict(bad("num_batches_tracked", np.array(3.0))),

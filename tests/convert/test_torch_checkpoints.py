@@ -393,12 +393,12 @@ CASES = {
     "another prefix": (
         lambda: from_state_dict(ENTRIES, "model.", names={"conv": "conv", "bn": "bn"}),
         ValueError,
-        "\"model.bn.weight\". \n\tThey are there with prefix='net.'.",
+        "\"model.bn.weight\". \n\tThe keys exist with prefix='net.'.",
     ),
     "a prefix without its dot": (
         lambda: from_state_dict(ENTRIES, "net", names={"conv": "conv", "bn": "bn"}),
         ValueError,
-        "They are there with prefix='net.'.",
+        "The keys exist with prefix='net.'.",
     ),
     "no prefix": (
         lambda: from_state_dict(
@@ -406,12 +406,12 @@ CASES = {
             variables={"params": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}},
         ),
         ValueError,
-        "They are there with prefix='model.' or prefix='ema_model.'.",
+        "The keys exist with prefix='model.' or prefix='ema_model.'.",
     ),
     "a prefix too many": (
         lambda: from_state_dict(TWO, "module."),
         ValueError,
-        "They are there with prefix=''.",
+        "The keys exist with prefix=''.",
     ),
     "a module for variables": (
         lambda: from_state_dict(TWO, variables=nn.Dense(3)),

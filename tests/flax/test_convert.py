@@ -272,7 +272,7 @@ def test_what_a_class_cannot_hold_is_refused_before_anything_changes():
         (cumulative, {"to": flax}, "momentum=None"),
         (untracked, {"to": nnx.BatchNorm}, "no statistics"),
         (layer(flax), {"to": flax_nnx.LayerNorm}, "`to` must be BatchNorm, BatchNorm1d"),
-        (layer(flax), {"num_domains": 2}, "`fields` must be among .*momentum.*got num_domains"),
+        (layer(flax), {"num_domains": 2}, "`fields` must be fields of .*momentum.*got num_domains"),
         (layer(flax), {"use_scale": False}, "got use_scale"),
         (layer(flax), {"to": torch, "epsilon": 0.1}, "eps, momentum, axis.*got epsilon"),
         (layer(flax), {"to": flax, "skip_nonfinite": True}, "got skip_nonfinite"),

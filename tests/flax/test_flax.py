@@ -328,7 +328,7 @@ def test_several_channel_axes_of_a_fused_layer():
     np.testing.assert_allclose(y, np.maximum(plain - x, 0), atol=1e-5)
     with pytest.raises(ValueError, match="`axis` must name at least one channel axis"):
         linen.BatchNorm(axis=()).init(KEY, x, False)
-    with pytest.raises(ValueError, match=r"of \(3, 2\) channels expected as many at axis=\(1, 3\)"):
+    with pytest.raises(ValueError, match=r"expected \(3, 2\) channels at axis=\(1, 3\)"):
         fused.apply(variables, batch(0, (8, 2, 5, 2)), mutable=["batch_stats"])
 
 

@@ -499,5 +499,5 @@ def test_several_channel_axes_have_one_vector():
     expected = plain(x.transpose(0, 2, 1, 3).reshape(8, 5, 6))
     np.testing.assert_array_equal(y, expected.reshape(8, 5, 3, 2).transpose(0, 2, 1, 3))
     assert_equal(arrays(layer), arrays(plain))
-    with pytest.raises(ValueError, match="6 channels expected as many at axis="):
+    with pytest.raises(ValueError, match="expected 6 channels at axis="):
         layer(batch(0, (8, 4, 5, 2)))

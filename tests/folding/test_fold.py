@@ -445,14 +445,14 @@ CASES = {
     "statistics of the inputs": (
         lambda: fold_conv(vector=V4),
         ValueError,
-        "For a batch norm in front of the layer pass before=True.",
+        "For a batch norm before the layer pass before=True.",
     ),
     "statistics of the outputs": (
         lambda: fold_conv(before=True, padding="VALID"),
         ValueError,
         "`mean` must have shape (4,), one number for each channel that enters the linear layer; "
         "got (6,) for kernel.shape=(3, 3, 4, 6), layout='HWIO', feature_group_count=1, "
-        "transposed=False. For a batch norm behind the layer pass before=False.",
+        "transposed=False. For a batch norm after the layer pass before=False.",
     ),
     "a matrix of statistics": (
         lambda: fold_dense(vector=V6[None]),
@@ -489,13 +489,13 @@ CASES = {
         lambda: fold_conv(feature_group_count=4),
         ValueError,
         "`feature_group_count` must divide the axis O of the kernel of a convolution; got 4 for "
-        "kernel.shape=(3, 3, 4, 6), of which O is 6 in layout='HWIO'.",
+        "kernel.shape=(3, 3, 4, 6), where O has size 6 in layout='HWIO'.",
     ),
     "groups of a transposed convolution": (
         lambda: fold_conv(feature_group_count=3, transposed=True),
         ValueError,
         "`feature_group_count` must divide the axis I of the kernel of a transposed convolution; "
-        "got 3 for kernel.shape=(3, 3, 4, 6), of which I is 4 in layout='HWIO'.",
+        "got 3 for kernel.shape=(3, 3, 4, 6), where I has size 4 in layout='HWIO'.",
     ),
     "outputs of a transposed convolution": (
         lambda: fold_conv(feature_group_count=2, transposed=True),
@@ -531,8 +531,8 @@ CASES = {
     "padding behind": (
         lambda: fold_conv(padding="VALID"),
         ValueError,
-        "`padding` makes a difference only where a batch norm comes before a convolution that is "
-        "not transposed; got padding='VALID' with before=False, transposed=False. Leave it out.",
+        "`padding` has an effect only if a batch norm comes before a convolution that is not "
+        "transposed; got padding='VALID' with before=False, transposed=False. Leave it out.",
     ),
     "padding of a transposed convolution": (
         lambda: fold_conv(POINTWISE, None, V4, before=True, transposed=True, padding=0),
@@ -542,10 +542,10 @@ CASES = {
     "no padding given": (
         lambda: fold_conv(vector=V4, before=True),
         ValueError,
-        "`padding` must be given where a batch norm comes before a convolution, and be one without "
+        "`padding` must be given if a batch norm comes before a convolution, and must add no "
         "zeros: VALID, CIRCULAR, REFLECT or pads of 0; got None for kernel.shape=(3, 3, 4, 6). The "
-        "layer pads what the batch norm has normalized. Folded, it would pad what is not "
-        "normalized yet, and zeros there mean another value. Leave this batch norm as it is.",
+        "layer pads normalized values. After folding, it would pad values before normalization, "
+        "where zero means another value. Leave this batch norm as it is.",
     ),
     "padding with zeros": (
         lambda: fold_conv(vector=V4, before=True, padding="SAME"),
@@ -570,9 +570,9 @@ CASES = {
     "before a transposed convolution": (
         lambda: fold_conv(vector=V4, before=True, transposed=True),
         ValueError,
-        "A batch norm in front of a transposed convolution can be folded only into a kernel of one "
-        "position (at stride 1): otherwise the number of inputs that meet in an output, and with "
-        "it the share of the batch norm's bias, differs from place to place; got "
+        "A batch norm before a transposed convolution can be folded only into a kernel of one "
+        "position (at stride 1): otherwise the number of inputs per output, and so the share of "
+        "the batch norm's bias, differs between positions; got "
         "kernel.shape=(3, 3, 4, 6). Leave this batch norm as it is.",
     ),
 }

@@ -211,10 +211,10 @@ def test_a_batch_norm_behind_a_concatenation():
         jaxbn.fold_variables(variables, [(("first", "depthwise"), "norm")])
     alone = [("first", "norm")], [("first", "norm"), ("last", "norm")]
     for pairs in alone:
-        with pytest.raises(ValueError, match=r"must have shape|comes twice") as caught:
+        with pytest.raises(ValueError, match=r"must have shape|occurs twice") as caught:
             jaxbn.fold_variables(variables, pairs)
         said = " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
-        assert "takes all layers in one pair, in the order of the channels" in said
+        assert "put all layers in one pair, in the order of the channels" in said
 
 
 def of_linen(wrapper):
@@ -338,8 +338,8 @@ CASES = {
     "used twice": (
         lambda: fold_tree(("conv", "norm_6"), ("norm", "conv")),
         ValueError,
-        "A layer may come once in `pairs`; 'conv' comes twice. Fold the batch norms before and "
-        "behind a layer in two calls; a layer that feeds two batch norms cannot take in either.",
+        "A layer may occur once in `pairs`; 'conv' occurs twice. Fold the batch norms before and "
+        "after a layer in two calls. A layer that feeds two batch norms cannot absorb either.",
     ),
     "one pair alone": (
         lambda: jaxbn.fold_variables(tree(), ("conv", "norm_6")),
@@ -368,18 +368,18 @@ CASES = {
     "which pair it was": (
         lambda: fold_tree(("conv", "norm")),
         ValueError,
-        "This was to fold 'norm' into 'conv'.",
+        "This happened while folding 'norm' into 'conv'.",
     ),
     "dense layer of other inputs": (
         lambda: fold_tree(("before", "dense")),
         ValueError,
         "`mean` must have shape (6,), one number for each channel that enters the linear layer; "
-        "got (4,) for kernel.shape=(6, 4), layout='IO'. For a batch norm behind the layer pass",
+        "got (4,) for kernel.shape=(6, 4), layout='IO'. For a batch norm after the layer pass",
     ),
     "no padding given in a tree": (
         lambda: fold_tree(("before", "conv")),
         ValueError,
-        "`padding` must be given where a batch norm comes before a convolution",
+        "`padding` must be given if a batch norm comes before a convolution",
     ),
     "padding in a tree without need": (
         lambda: fold_tree(
@@ -389,7 +389,7 @@ CASES = {
             variables=tree(batch_stats={"norm_6x": {"mean": V6, "var": V6}}),
         ),
         ValueError,
-        "`padding` makes a difference only where a batch norm comes before a convolution; got "
+        "`padding` has an effect only if a batch norm comes before a convolution; got "
         "padding='VALID' and no such pair. Leave it out.",
     ),
     "kernel of one axis": (

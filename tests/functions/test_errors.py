@@ -96,7 +96,7 @@ CASES = {
         lambda: linen.BatchNorm().init(jax.random.key(0), X, jnp.ones((8, 4, 4, 1))),
         ValueError,
         "`use_running_average` must be one bool, for all samples; got float32 of shape "
-        "(8, 4, 4, 1). A mask goes by its name: mask=….",
+        "(8, 4, 4, 1). Pass a mask by name: mask=….",
     ),
     "integer input": (lambda: train(X.astype(int)), TypeError, f"`x` {FLOATS}; got int32."),
     "bool input": (lambda: train(X > 0), TypeError, f"`x` {FLOATS}; got bool."),
@@ -316,7 +316,7 @@ CASES = {
     "2d layer, channels last": (
         lambda: layer(linen.BatchNorm2d(3), X),
         ValueError,
-        "BatchNorm2d of 3 channels expected as many at axis=1 of its input; got 4, "
+        "BatchNorm2d expected 3 channels at axis=1 of its input; got 4, "
         "x.shape=(8, 4, 4, 3). For channels-last inputs pass axis=-1.",
     ),
     "2d layer, channels first": (
@@ -327,7 +327,7 @@ CASES = {
     "layer, other channel count": (
         lambda: trained_layer(linen.BatchNorm(), X, jnp.ones((8, 3, 4, 4))),
         ValueError,
-        "BatchNorm of 3 channels expected as many at axis=-1 of its input; got 4, "
+        "BatchNorm expected 3 channels at axis=-1 of its input; got 4, "
         "x.shape=(8, 3, 4, 4). For channels-first inputs pass axis=1.",
     ),
     "layer, integer input": (
@@ -453,7 +453,7 @@ CASES = {
         lambda: train(virtual_batch_size=3),
         ValueError,
         "`virtual_batch_size` must divide the number of samples; got 3 for x.shape=(8, 4, 4, 3), 8 "
-        "samples. Pad the batch and mask what is padded.",
+        "samples. Pad the batch and mask the padding.",
     ),
     "virtual batch without samples": (
         lambda: jaxbn.batch_normalize(V3, virtual_batch_size=3),
@@ -519,8 +519,8 @@ CASES = {
     "count of a replicated checkpoint": (
         lambda: train(stats=STATS._replace(count=jnp.zeros(8, jnp.int32))),
         ValueError,
-        "`stats.count` must be a scalar, the number of batches of all channels; got shape (8,). Of "
-        "statistics that are replicated take one: count[0].",
+        "`stats.count` must be a scalar, the number of batches of all channels; got shape (8,). "
+        "From replicated statistics, take one: count[0].",
     ),
     "virtual batches of a batch of unknown size": (
         lambda: jax.eval_shape(
@@ -713,7 +713,7 @@ CASES = {
         lambda: linen.BatchNorm().init(jax.random.key(0), X, jnp.ones((8, 1, 1, 1), bool)),
         ValueError,
         "`use_running_average` must be one bool, for all samples; got bools of shape (8, 1, 1, 1). "
-        "A mask goes by its name: mask=….",
+        "Pass a mask by name: mask=….",
     ),
     "layer, unknown activation": (
         lambda: layer(linen.BatchNorm2d(3, axis=-1, activation="swish"), X),

@@ -253,6 +253,6 @@ def test_groups_larger_than_what_a_device_holds():
     with jax.set_mesh(mesh):
         x = jax.device_put(np.ones((8, 3), np.float32), NamedSharding(mesh, P("a")))
         with pytest.raises(
-            ValueError, match=r"over 4 of them; got virtual_batch_size=4 for 2 samples"
+            ValueError, match="spreads them over devices; got 4 for 2 samples on each of 4 devices"
         ):
             jaxbn.batch_normalize(x, virtual_batch_size=4)

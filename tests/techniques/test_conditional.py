@@ -219,17 +219,17 @@ ERRORS = {
     "no samples": (lambda: jaxbn.normalize(X[0, 0], X[0, 0], X[0, 0], SCALE), "`scale` of each"),
     "no inverse": (
         lambda: jaxbn.batch_normalize(X, SCALE, keep_output=True),
-        "`keep_output` takes a `scale` and a `bias` of shape [C]; got [N, C], of each sample.",
+        "`keep_output` takes a `scale` and a `bias` of shape [C]; got [N, C], one row per sample.",
     ),
     "three dimensions": (lambda: jaxbn.batch_normalize(X, X), "`scale` must have shape (4,)"),
     "a scale of its own": (
         lambda: linen_call(linen.BatchNorm(), scale=SCALE),
-        "`scale` of a call takes the place of the layer's own, which it must not have; make the "
-        "layer with use_scale=False.",
+        "`scale` in a call needs a layer without its own; got one that has it. Make the layer with "
+        "use_scale=False.",
     ),
     "affine": (
         lambda: nnx.BatchNorm1d(4, axis=-1, rngs=flax_nnx.Rngs(0))(X, bias=BIAS),
-        "which it must not have; make the layer with affine=False.",
+        "got one that has it. Make the layer with affine=False.",
     ),
 }
 

@@ -554,7 +554,7 @@ def test_options_that_do_not_fit(run):
 def test_frozen_layers_and_those_of_others_are_named():
     model = NnxDeep()
     nnx.freeze(model, flax_nnx.PathContains("b"))
-    with pytest.raises(ValueError, match=r"fewer for 'b'. Leave out by `where` what is frozen"):
+    with pytest.raises(ValueError, match=r"fewer for 'b'\. Use `where` to exclude layers"):
         nnx.recalibrate(model, DATA)
     nnx.recalibrate(model, DATA, where=flax_nnx.Any(*map(flax_nnx.PathContains, "ac")))
     assert (model.b.mean[...] == 0).all()
@@ -590,7 +590,7 @@ def test_with_functions_alone():
 
 @pytest.mark.parametrize("one", [DATA[0], {"x": DATA[0]}], ids=["array", "dict"])
 def test_one_batch_is_no_list_of_batches(one):
-    with pytest.raises(TypeError, match=r"got one batch, a \w+\. Pass a list of it"):
+    with pytest.raises(TypeError, match=r"got one batch, a \w+\. Pass it in a list"):
         linen.recalibrate(APPLY, VARIABLES, one)
 
 

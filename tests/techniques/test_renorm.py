@@ -261,7 +261,7 @@ ERRORS = {
     "no statistics": (
         lambda: jaxbn.batch_norm(X, None, train=True, renorm=jaxbn.Renorm()),
         ValueError,
-        "`renorm` corrects towards running statistics: pass `stats`; got None.",
+        "`renorm` needs running statistics; got stats=None. Pass `stats`.",
     ),
     "another type": (
         lambda: jaxbn.batch_norm(X, STATS, train=True, renorm=(3.0, 5.0)),
