@@ -364,7 +364,7 @@ def test_stacked_layers(unbiased):
         np.testing.assert_array_equal(stats["count"], [3, 3, 3])
 
     model = stack(["batch_stats"], unbiased)
-    message = "fewer for 'norm'.*In `nn.scan` and other lifted transforms name the collection"
+    message = "fewer for 'norm'.*In `nn.scan` and other lifted transforms, name the collection"
     with pytest.raises(ValueError, match=message):
         linen.recalibrate(apply_of(model), variables, DATA)
 
