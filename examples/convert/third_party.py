@@ -1,15 +1,15 @@
-"""Converts models of other packages in place, trains them, and compares them with the originals.
+"""Converts models of other packages, trains them, and compares them with the originals.
 
     pip install jax-resnet jaxkit optax
     python examples/convert/third_party.py
 
-`jax-resnet` has the ResNets of torchvision in Linen, and `jaxkit` fully connected blocks in NNX.
-Both name Flax's own batch norm. Nothing of them is edited: `jaxbn.linen.convert` and
-`jaxbn.nnx.convert` take one line each. A package that is not installed is left out.
+`jax-resnet` has torchvision's ResNets in Linen, and `jaxkit` has fully connected blocks in NNX.
+Both use Flax's batch norm. Their source stays as it is: `jaxbn.linen.convert` and
+`jaxbn.nnx.convert` take one line each. The example skips a package that is not installed.
 
-Both models of a pair start at the same variables and see the same batches, in float32. The table
-gives relative differences in the 2-norm, over all leaves. They are those of rounding, which grows
-from step to step.
+Both models of a pair start from the same variables and see the same batches, in float32. The table
+shows relative differences in the 2-norm over all leaves. They are rounding errors, which grow from
+step to step.
 """
 
 import copy
@@ -29,7 +29,7 @@ STEPS = 5
 
 
 class Trained(NamedTuple):
-    """What training of a model leaves, each a pytree."""
+    """The result of training a model; each field is a pytree."""
 
     losses: list[jax.Array]
     gradients: Any  # of the first step
@@ -37,7 +37,7 @@ class Trained(NamedTuple):
 
 
 def batches(*shape: int) -> list[tuple[jax.Array, jax.Array]]:
-    """Inputs of this shape whose values have a mean far from zero, and their labels."""
+    """Inputs of this shape with a mean far from zero, and their labels."""
     keys = jax.random.split(jax.random.key(0), STEPS)
     labels = jnp.arange(shape[0]) % 3
     offsets = labels.reshape(-1, *[1] * (len(shape) - 1))
@@ -45,13 +45,13 @@ def batches(*shape: int) -> list[tuple[jax.Array, jax.Array]]:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean over a batch."""
+    """The mean cross-entropy of a batch."""
     losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses.mean()
 
 
 def resnet() -> tuple[Trained, Trained]:
-    """ResNet-18 of jax-resnet, narrow, as it is and converted."""
+    """A narrow ResNet-18 of jax-resnet, original and converted."""
     from jax_resnet import ResNet18
 
     model = ResNet18(n_classes=3, hidden_sizes=(8, 16, 16, 32))
@@ -62,7 +62,7 @@ def resnet() -> tuple[Trained, Trained]:
 
 
 def train_linen(model: Any, variables: Any, data: list[Any]) -> Trained:
-    """Trains a Linen model whose batch norms train where `batch_stats` is mutable."""
+    """Trains a Linen model whose batch norms are in training mode if `batch_stats` is mutable."""
     optimizer = optax.sgd(0.05)
 
     @jax.jit
@@ -86,7 +86,7 @@ def train_linen(model: Any, variables: Any, data: list[Any]) -> Trained:
 
 
 def fully_connected() -> tuple[Trained, Trained]:
-    """A block of jaxkit, as it is and converted."""
+    """A block of jaxkit, original and converted."""
     from jaxkit import FullyConnected
 
     model = FullyConnected([16, 32, 32, 32, 3], dropout=None, rngs=nnx.Rngs(1))
@@ -122,7 +122,7 @@ PAIRS: dict[str, Callable[[], tuple[Trained, Trained]]] = {
 
 
 def main() -> None:
-    """Compares what is installed."""
+    """Compares the models of the installed packages."""
     print(f"{'':12}" + "".join(f"{name:>12}" for name in Trained._fields))
     for package, run in PAIRS.items():
         if importlib.util.find_spec(package) is None:

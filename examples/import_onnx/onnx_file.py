@@ -1,6 +1,6 @@
 """The layers of an ONNX file as a `state_dict`, for `jaxbn.torch.from_state_dict`.
 
-The nodes of the graph tell what belongs to which layer; the names of its tensors often do not.
+The nodes of the graph tell which tensors belong to a layer. The tensors' names often do not.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ ENTRIES = {
 
 
 class Layers(NamedTuple):
-    """The layers of a graph, in the order of its nodes, which is that of their calls."""
+    """The layers of a graph, in the order of their calls."""
 
     state_dict: dict[str, Array]
     transposed: list[str]  # the names of transposed convolutions
@@ -32,10 +32,10 @@ class Layers(NamedTuple):
 
 
 def layers(model: Any) -> Layers:
-    """The layers of the model that `onnx.load` returns: those of the kinds in `ENTRIES`.
+    """The layers of the kinds in `ENTRIES` in a model that `onnx.load` returns.
 
-    A layer has the name that its module has in torch, if the file tells it, or that of its node.
-    One that is called several times is listed once. A product of two activations is no layer.
+    A layer has its module's name in torch, if the file tells it, or the name of its node. A layer
+    that is called several times is listed once. A product of two activations is no layer.
     """
     graph, found = model.graph, Layers({}, [], {})
     constants, seen = _constants(model), set()
@@ -69,7 +69,7 @@ def layers(model: Any) -> Layers:
 
 
 def _constants(model: Any) -> dict[str, Array]:
-    """The tensors that do not depend on an input: transposed, renamed, dequantized ones, too."""
+    """The tensors that do not depend on an input, also transposed, renamed and dequantized ones."""
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     opsets = {opset.domain: opset.version for opset in model.opset_import}
     for node in model.graph.node:
@@ -99,7 +99,7 @@ def _of_gemm(
 
 
 def _bias_behind(node: Any, graph: Any, constants: Mapping[str, Array]) -> dict[str, Array]:
-    """The vector that the only node behind a product adds to it."""
+    """The vector that the only node behind a product adds."""
     behind = [other for other in graph.node if node.output[0] in other.input]
     if len(behind) == 1 and behind[0].op_type == "Add":
         for name in behind[0].input:
@@ -109,7 +109,7 @@ def _bias_behind(node: Any, graph: Any, constants: Mapping[str, Array]) -> dict[
 
 
 def _name(node: Any, weight: str) -> str:
-    """`layer1.0.conv1`, of a tensor layer1.0.conv1.weight or a node /layer1/layer1.0/conv1/Conv."""
+    """`layer1.0.conv1`, from tensor layer1.0.conv1.weight or node /layer1/layer1.0/conv1/Conv."""
     if weight.endswith(".weight"):
         return weight.removesuffix(".weight")
     if not node.name.startswith("/"):

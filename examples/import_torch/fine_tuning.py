@@ -1,4 +1,4 @@
-"""Some steps of training a network that has been trained before, under a new classifier."""
+"""A few training steps of a pretrained network with a new classifier."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ def fine_tune(
     steps: int = 3,
     learning_rate: float = 0.01,
 ) -> tuple[Variables, list[float]]:
-    """The variables of the network, running statistics included, and the loss before each step."""
+    """The variables after training, with running statistics, and the loss before each step."""
     classifier, tx = nn.Dense(int(labels.max()) + 1), optax.sgd(learning_rate)
     features = jax.eval_shape(network.apply, variables, images)
     head = classifier.init(jax.random.key(0), jnp.zeros(features.shape))["params"]

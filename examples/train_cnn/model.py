@@ -1,4 +1,4 @@
-"""A small CNN and ResNet-20, with the batch norm of a library of choice, or without."""
+"""A small CNN and ResNet-20, with a choice of batch norms or without."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ EPSILON = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """Which batch norm is behind each convolution.
+    """The batch norm behind each convolution.
 
     Attributes:
-      kind: of `NORMS`: jaxbn's, `flax.linen.BatchNorm`, jaxbn's over groups of `ghost_size` samples
-        (ghost batch norm), or none, where the convolution gets a bias instead.
-      momentum: weight of the new batch in the running statistics, in all of them.
-      ghost_size: the samples of a group.
+      kind: one of `NORMS`: jaxbn's, `flax.linen.BatchNorm`, jaxbn's ghost batch norm, or none, so
+        that the convolution has a bias.
+      momentum: weight of a new batch in the running statistics, as in torch.
+      ghost_size: the samples of a ghost batch.
     """
 
     kind: str = "jaxbn"
@@ -33,16 +33,16 @@ class Norm:
 
     @property
     def samples(self) -> int:
-        """What the number of samples in a training batch must be a multiple of."""
+        """The number of samples in a training batch must be a multiple of this."""
         return self.ghost_size if self.kind == "ghost" else 1
 
 
 class Layers(nn.Module):
-    """What the networks share: a convolution, batch norm and ReLU behind it."""
+    """The fields that the networks share."""
 
     classes: int
     norm: Norm = Norm()
-    dtype: Dtype = jnp.float32  # of the computation; the rest is at least float32
+    dtype: Dtype = jnp.float32  # of the computation; all else is at least float32
 
     @property
     def wide(self) -> Any:
@@ -51,7 +51,7 @@ class Layers(nn.Module):
 
 
 class Block(nn.Module):
-    """3×3 convolution, batch norm, ReLU. Batch norm's bias stands for the convolution's."""
+    """3×3 convolution, batch norm, ReLU. The convolution has no bias, since batch norm has one."""
 
     features: int
     norm: Norm
@@ -63,7 +63,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array | None, train: bool, residual: jax.Array | None = None
     ) -> jax.Array:
-        """`relu(batch_norm(conv(x)) + residual)`: images `[N, H, W, C]` to as many features."""
+        """`relu(batch_norm(conv(x)) + residual)`: `[N, H, W, C]` to `[N, H', W', features]`."""
         x = nn.Conv(
             self.features,
             (3, 3),
@@ -73,14 +73,14 @@ class Block(nn.Module):
             param_dtype=self.param_dtype,
         )(x)
         x = self.normalized(x, mask, train, residual)
-        # True where a channel is above zero for some sample: kept only by who asks for it.
+        # Whether a channel is above zero for some sample; kept only if the caller asks for it.
         self.sow("intermediates", "alive", (x > 0).any((0, 1, 2)))
         return x
 
     def normalized(
         self, x: jax.Array, mask: jax.Array | None, train: bool, residual: jax.Array | None
     ) -> jax.Array:
-        """`relu(batch_norm(x) + residual)`, jaxbn's in one."""
+        """`relu(batch_norm(x) + residual)`; jaxbn fuses all of it."""
         if self.norm.kind in ("jaxbn", "ghost"):
             return BatchNorm2d(
                 self.features,
@@ -103,9 +103,9 @@ class Block(nn.Module):
 
 
 def pooled(x: jax.Array) -> jax.Array:
-    """The largest of each 2×2 positions, an odd last one left out.
+    """Maximum over 2×2 positions; an odd last one is left out.
 
-    By `reshape`, since XLA:CPU takes twenty times as long for the gradient of `nn.max_pool`.
+    It uses `reshape`, since XLA:CPU is twenty times slower for the gradient of `nn.max_pool`.
     """
     samples, height, width, channels = x.shape
     height, width = height // 2, width // 2
@@ -114,13 +114,13 @@ def pooled(x: jax.Array) -> jax.Array:
 
 
 class CNN(Layers):
-    """Blocks, the mean over positions, and a linear classifier; pooling where channels grow."""
+    """Blocks, the mean over positions and a linear classifier. It pools before channels grow."""
 
     features: tuple[int, ...] = (32, 64, 64, 128, 128)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Images `[N, H, W, C]` to logits `[N, classes]`; `mask` says which count: batch norm's."""
+        """Images `[N, H, W, C]` to logits `[N, classes]`; `mask` is batch norm's."""
         for i, features in enumerate(self.features):
             if i and features > self.features[i - 1] and min(x.shape[1:3]) > 1:
                 x = pooled(x)
@@ -131,8 +131,7 @@ class CNN(Layers):
 class ResNet20(Layers):
     """The residual network of 20 layers for small images: three stages of three pairs of blocks.
 
-    Where the shape changes the shortcut takes every second position and pads with channels of
-    zeros, which has no parameters.
+    A shortcut between different shapes takes every second position and pads with zero channels.
 
     References:
       He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
@@ -142,7 +141,7 @@ class ResNet20(Layers):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """Images `[N, H, W, C]` to logits `[N, classes]`; `mask` says which count: batch norm's."""
+        """Images `[N, H, W, C]` to logits `[N, classes]`; `mask` is batch norm's."""
         fields = self.norm, self.dtype, self.wide
         x = Block(self.features[0], *fields)(x, mask, train)
         for i, features in enumerate(self.features):
@@ -170,9 +169,9 @@ def norm_layers(batch_stats: Any) -> Iterator[tuple[str, Any]]:
 
 
 def folded(model: Layers, variables: Any) -> tuple[Layers, Any]:
-    """The network without batch norms, which are folded into its convolutions: the same function.
+    """The network with its batch norms folded into the convolutions.
 
-    What is folded is the inference mode, by the running statistics.
+    It computes the inference mode of the original network.
     """
     if "batch_stats" not in variables:
         return model, variables

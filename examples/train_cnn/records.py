@@ -1,4 +1,4 @@
-"""What is told of a training run: a line of JSON for each step and epoch, and the history."""
+"""The records of a training run: a line of JSON per step and epoch, and the history."""
 
 import json
 import os
@@ -9,14 +9,14 @@ import numpy as np
 
 
 class Epoch(NamedTuple):
-    """Means over the sets after one epoch, and how far the running statistics moved in it.
+    """Loss and accuracy of one epoch, and the drift of the running statistics.
 
     Attributes:
       batch_accuracy: on the test set, normalized by the statistics of its own batches; None without
         batch norm.
-      drift: for each batch norm the drift of its mean and of its variance.
-      seconds: how long the epoch took, evaluation included.
-      waited: the seconds of them in which the device waited for data.
+      drift: the drift of the mean and of the variance, for each batch norm.
+      seconds: duration of the epoch, with evaluation.
+      waited: seconds in which the device waited for data.
     """
 
     train_loss: float
@@ -29,7 +29,7 @@ class Epoch(NamedTuple):
     waited: float
 
     def __str__(self) -> str:
-        """Loss and accuracy as the columns of a log."""
+        """Loss and accuracy as columns of the log."""
         return (
             f"{self.train_loss:12.4f}{self.train_accuracy:10.2%}"
             f"{self.test_loss:11.4f}{self.test_accuracy:10.2%}{self.seconds:9.2f}"
@@ -37,13 +37,13 @@ class Epoch(NamedTuple):
 
 
 def mean_drift(old: Any, new: Any) -> float:
-    """How far the means of a layer moved, in running standard deviations: `√E[(m' − m)²/v']`."""
+    """The drift of a layer's means, in running standard deviations: `√E[(m' − m)²/v']`."""
     change = np.square(new["mean"] - old["mean"])
     return float(np.sqrt(np.mean(change / np.maximum(new["var"], np.finfo("f").tiny))))
 
 
 def var_drift(old: Any, new: Any) -> float:
-    """How far the variances of a layer moved, as a ratio: `√E[(v'/v − 1)²]`."""
+    """The relative drift of a layer's variances: `√E[(v'/v − 1)²]`."""
     ratio = new["var"] / np.maximum(old["var"], np.finfo("f").tiny)
     return float(np.sqrt(np.mean(np.square(ratio - 1))))
 
@@ -52,13 +52,13 @@ class Lines:
     """A file of JSON lines, each with the `step` after which it was written.
 
     Attributes:
-      damaged: how many lines were left out since they cannot be read.
+      damaged: the number of unreadable lines that were removed.
     """
 
     def __init__(self, path: pathlib.Path | None, step: int) -> None:
-        """Goes on with what the file has up to this step; the rest, written later, is dropped.
+        """Continues the file after this step and drops later lines.
 
-        Without a path nothing is written.
+        Without a path, nothing is written.
         """
         self.path, self.damaged = path, 0
         if path is not None:
@@ -79,7 +79,7 @@ class Lines:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a whole line; None for one that was cut off in the writing, or damaged."""
+    """The step of a complete line; None if it was cut off or damaged."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -1,4 +1,4 @@
-"""What is compiled: steps of training, many in one program, and evaluation."""
+"""The compiled programs: training steps, many in one call, and evaluation."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ REPLICATED = PartitionSpec()
 
 
 class State(NamedTuple):
-    """All that training changes."""
+    """Everything that training changes."""
 
     variables: Variables
     optimizer: optax.OptState
@@ -28,7 +28,7 @@ class State(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What training does not change, and is compiled for."""
+    """What training keeps fixed; each recipe is compiled once."""
 
     model: Layers
     tx: optax.GradientTransformation
@@ -37,18 +37,18 @@ class Recipe(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Over the samples that count: cross-entropy, right predictions, how many there are."""
+    """Cross-entropy, right predictions and number of samples, without padding."""
 
     loss: Any
     hits: Any
     samples: Any
 
 
-@functools.cache  # the same object for the same numbers, so that a recipe is compiled for once
+@functools.cache  # equal recipes must be the same object to be compiled once
 def optimizer(learning_rate: float, *ends: int) -> optax.GradientTransformation:
-    """AdamW over cosine cycles, each with a warm-up; the weight decay spares vectors.
+    """AdamW over cosine cycles, each with a warm-up. Vectors get no weight decay.
 
-    A cycle goes to the step where it ends, so that another one changes nothing before it.
+    `ends` has the last step of each cycle, so a further cycle changes no step before it.
     """
     lengths = [end - start for start, end in itertools.pairwise((0, *ends))]
     cycles = [
@@ -73,20 +73,20 @@ def initial_state(seed: int, shape: tuple[int, ...], *, recipe: Recipe) -> State
 
 
 def forward(variables: Variables, batch: Batch, model: Layers, *, train: bool) -> Any:
-    """Logits and new running statistics; rows that do not count have no influence on them."""
+    """Logits and new running statistics, which padding does not affect."""
     mask = batch.mask[:, None, None, None]
     return model.apply(variables, batch.images, mask=mask, train=train, mutable=["batch_stats"])
 
 
 def sums_over(logits: jax.Array, batch: Batch) -> Sums:
-    """Cross-entropy and right predictions, each summed over the samples that count."""
+    """Sums of cross-entropy and right predictions, without padding."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     hits = logits.argmax(-1) == batch.labels
     return Sums(losses.sum(where=batch.mask), hits.sum(where=batch.mask), batch.mask.sum())
 
 
 def train_step(state: State, batch: Batch, recipe: Recipe) -> tuple[State, Sums]:
-    """One step of the optimizer and of the running statistics; the sums over the batch."""
+    """Updates parameters and running statistics by one batch; also returns its sums."""
     key, image_key = jax.random.split(state.key)
     params = state.variables["params"]
     images = augmented(batch.images, image_key, shift=recipe.shift, flip=recipe.flip)
@@ -107,7 +107,7 @@ def train_step(state: State, batch: Batch, recipe: Recipe) -> tuple[State, Sums]
 def scanned(
     step: Callable[[Any, Batch], Any], carry: Any, batches: Batch | Indices, pool: Pool | None
 ) -> Any:
-    """`jax.lax.scan` over stacked batches, without a loop where there is one.
+    """`jax.lax.scan` over stacked batches, without a loop if there is only one.
 
     XLA:CPU computes the backward pass of convolutions ten times slower in a loop.
     """
@@ -127,12 +127,12 @@ def scanned(
 def train_steps(
     state: State, batches: Batch | Indices, pool: Pool | None, *, recipe: Recipe
 ) -> tuple[State, Sums]:
-    """A step for each of the stacked batches; the sums of each."""
+    """One step per stacked batch; also returns the sums of each."""
     return scanned(functools.partial(train_step, recipe=recipe), state, batches, pool)  # type: ignore[no-any-return]
 
 
 class Results(NamedTuple):
-    """Of each sample: cross-entropy, the predicted class, and its probability."""
+    """Cross-entropy, predicted class and its probability, per sample."""
 
     loss: Any
     predicted: Any
@@ -148,7 +148,7 @@ def evaluate(
     model: Layers,
     by_batch: bool = False,
 ) -> Results:
-    """The results in inference mode, or normalized by the statistics of each batch itself."""
+    """The results in inference mode, or normalized by the statistics of each batch."""
 
     def step(_: None, batch: Batch) -> tuple[None, Results]:
         logits, _updates = forward(variables, batch, model, train=by_batch)
@@ -163,7 +163,7 @@ def evaluate(
 def evaluated(
     variables: Variables, feed: Feed, plan: Plan, model: Layers, by_batch: bool = False
 ) -> Results:
-    """The results of all samples of a plan, in their own order."""
+    """The results of all samples of a plan, in the order of the data set."""
     plans = [plan] if feed.pool is not None else plan.parts(range(len(plan.mask) + 1))
     outputs = [
         evaluate(variables, batch, feed.pool, model=model, by_batch=by_batch)

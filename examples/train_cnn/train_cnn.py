@@ -1,20 +1,20 @@
 """Trains a small network with batch norm, then classifies in inference mode.
 
-python examples/train_cnn.py                      # handwritten digits, on all devices there are
-python examples/train_cnn.py --output digits      # with checkpoints, metrics and figures
-python examples/train_cnn.py --output digits --resume  # after an interruption
-python examples/train_cnn.py --compare            # jaxbn, Flax, ghost batch norm and none
-python examples/train_cnn.py --dataset fashion-mnist --model resnet20 --dtype bfloat16
+    cd examples/train_cnn
+    python train_cnn.py                            # handwritten digits, on all devices
+    python train_cnn.py --output digits            # writes checkpoints, metrics and figures
+    python train_cnn.py --output digits --resume   # continues after an interruption
+    python train_cnn.py --data photos.npz          # your own images
+    python train_cnn.py --compare                  # jaxbn, Flax, ghost batch norm and none
+    python train_cnn.py --dataset fashion-mnist --model resnet20 --dtype bfloat16
+    python train_cnn.py --processes 2              # two processes on this host
 
-In several processes, on one host or more, the same with an address of process 0 and each one's id:
-
-python examples/train_cnn.py --coordinator localhost:1234 --processes 2 --process-id 0 &
-python examples/train_cnn.py --coordinator localhost:1234 --processes 2 --process-id 1
+`docs/trainer.md` describes the flags, the data and the output.
 """
 
 import interruption
 
-if __name__ == "__main__":  # before the imports, which take seconds
+if __name__ == "__main__":  # before the other imports, which take seconds
     interruption.leave_at_once()
 
 import argparse
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import processes
 from batches import training_sizes
 from checkpoints import CheckpointError, Checkpoints, hush
-from command_line import BATCH_SIZE, LARGEST, check_comparison, parse
+from command_line import BATCH_SIZE, LARGEST, check_comparison, is_started_here, parse
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from layers import LOOKED_AT, comparison_table, explanation, inspected, layer_table, told_apart
 from model import MODELS, NORMS, Layers, Norm
@@ -44,13 +44,13 @@ EXPECTED = (data.DataError, CheckpointError, TrainingError, OSError)
 
 
 def fail(reason: object) -> int:
-    """Says in one line why there is no result."""
+    """Prints the reason in one line; the exit status."""
     print(f"{PREFIX}: {reason}", file=sys.stderr)
     return 1
 
 
 def load_data(flags: argparse.Namespace) -> data.Dataset:
-    """The data set that the flags choose."""
+    """The data set that the flags select."""
     if flags.dataset in data.PACKAGES:
         return data.load_idx(flags.dataset, flags.data_dir, flags.range)
     if flags.data is not None:
@@ -61,7 +61,7 @@ def load_data(flags: argparse.Namespace) -> data.Dataset:
 def configuration(
     flags: argparse.Namespace, dataset: data.Dataset, saved: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What a checkpoint says of its run: enough to go on with it, and to classify by it."""
+    """What a checkpoint stores about its run, to resume it and to classify with it."""
     paths = {"data": flags.data, "data_dir": flags.data_dir}
     return {
         "flags": processes.shared(flags),
@@ -75,7 +75,7 @@ def configuration(
 
 
 def recipe_of(flags: argparse.Namespace, dataset: data.Dataset, cycles: list[int]) -> Recipe:
-    """The network, its optimizer, whose cycles end after these epochs, and the augmentation."""
+    """The network, the augmentation, and an optimizer whose cycles end after these epochs."""
     norm = Norm(flags.norm, flags.momentum, flags.ghost_size)
     model = MODELS[flags.model](dataset.classes, norm, jnp.dtype(flags.dtype))
     images, size = len(dataset.x_train), flags.batch_size
@@ -84,7 +84,10 @@ def recipe_of(flags: argparse.Namespace, dataset: data.Dataset, cycles: list[int
             f"{batch_size(size)} is more than the {images} training images; give a smaller one"
         )
     if flags.norm == "ghost" and flags.ghost_size > images:
-        raise TrainingError(f"--ghost-size {norm.samples} is more than the {images} images")
+        raise TrainingError(
+            f"--ghost-size {norm.samples} is more than the {images} training images; give a "
+            "smaller one"
+        )
     sizes = training_sizes(images, size)
     if flags.epochs * len(sizes) > LARGEST:
         raise TrainingError(
@@ -101,12 +104,12 @@ def recipe_of(flags: argparse.Namespace, dataset: data.Dataset, cycles: list[int
 
 
 def batch_size(size: int) -> str:
-    """The flag in words, which may not have been given."""
+    """The flag as an error names it."""
     return f"{'the default ' if size == BATCH_SIZE else ''}--batch-size {size}"
 
 
 def check_sizes(model: Layers, dataset: data.Dataset, sizes: list[int]) -> None:
-    """Refuses batches, or groups of ghost batch norm, in which a channel has one value."""
+    """Refuses batches, or ghost batches, that leave one value per channel."""
     norm = model.norm
     groups = {each % norm.samples if norm.kind == "ghost" else each for each in sizes}
     if norm.kind == "none" or 1 not in groups:
@@ -126,35 +129,42 @@ def check_sizes(model: Layers, dataset: data.Dataset, sizes: list[int]) -> None:
 def open_checkpoints(
     flags: argparse.Namespace, context: contextlib.ExitStack
 ) -> Checkpoints | None:
-    """The checkpoints of the output folder; there are some only where a run is resumed.
-
-    The folder is that of this run until the context ends.
-    """
+    """The checkpoints in the output folder, which other runs cannot use until the context ends."""
     if flags.output is None:
         return None
     first = jax.process_index() == 0
     if first:
         context.enter_context(folders.held(flags.output))
-    checkpoints = Checkpoints(flags.output / folders.CHECKPOINTS, write=first)
-    if checkpoints.steps and not flags.resume:
+    return Checkpoints(flags.output / folders.CHECKPOINTS, write=first)
+
+
+def check_start(flags: argparse.Namespace) -> None:
+    """Refuses to begin a run where there is one, and to resume one that has not begun.
+
+    --resume begins a run only if the flags name its data.
+    """
+    if flags.output is None:
+        return
+    if folders.has_checkpoints(flags.output):
+        if not flags.resume:
+            raise CheckpointError(
+                f"{flags.output}: holds a run already; continue it with --resume, or give another "
+                "--output"
+            )
+    elif any(folders.is_own(flags.output / norm) for norm in NORMS):
         raise CheckpointError(
-            f"{checkpoints.folder}: holds a run already; go on with it by --resume, or give "
-            "another --output"
+            f"{flags.output}: holds the runs of --compare; add --compare, or give the folder of "
+            "one of them or another --output"
         )
-    return checkpoints
-
-
-def check_start(flags: argparse.Namespace, begun: bool) -> None:
-    """Refuses to resume what has not begun, unless the flags say which data to begin with."""
-    if flags.resume and not begun and flags.data is None and flags.dataset is None:
+    elif flags.resume and flags.data is None and flags.dataset is None:
         raise CheckpointError(
-            f"{flags.output}: no checkpoint to go on from; to begin a run there give its --data or "
-            "--dataset"
+            f"{flags.output}: holds no checkpoint to continue from; to begin a run there, give its "
+            "--data or --dataset"
         )
 
 
 class Prepared(NamedTuple):
-    """What a run begins with, read and checked."""
+    """What a run starts from, read and checked."""
 
     flags: argparse.Namespace
     dataset: data.Dataset
@@ -166,17 +176,20 @@ class Prepared(NamedTuple):
 def prepare(
     flags: argparse.Namespace, arguments: list[str], context: contextlib.ExitStack
 ) -> Prepared:
-    """Reads the data and the newest checkpoint, whose flags stand where none are given."""
-    check_start(flags, flags.output is not None and folders.is_own(flags.output))
+    """Reads the data and the newest checkpoint, whose flags are the defaults of a resumed run."""
     checkpoints = open_checkpoints(flags, context)
+    check_start(flags)
     saved = checkpoints.run()["config"] if checkpoints and checkpoints.steps else None
-    check_start(flags, saved is not None)
     if saved is not None:
+        output = flags.output
         flags = parse(DESCRIPTION, arguments, saved)
+        flags.output = output
     dataset = load_data(flags)
     config = configuration(flags, dataset, saved)
     if saved is not None and saved["digest"] != config["digest"]:
-        raise CheckpointError(f"{flags.output}: was trained on other images than these; give those")
+        raise CheckpointError(
+            f"{flags.output}: was trained on other images or labels than these; give those"
+        )
     recipe = recipe_of(flags, dataset, config["cycles"])
     return Prepared(flags, dataset, checkpoints, config, recipe)
 
@@ -187,7 +200,7 @@ def prepare_together(
     sharding: NamedSharding,
     context: contextlib.ExitStack,
 ) -> Prepared:
-    """The same in each process, none of which goes on if one fails or has something else."""
+    """Calls `prepare` in each process; all fail if one fails or the results differ."""
     try:
         prepared = prepare(flags, arguments, context)
     except (*EXPECTED, SystemExit) as error:
@@ -208,7 +221,7 @@ def prepare_together(
 def run(
     flags: argparse.Namespace, arguments: list[str], sharding: NamedSharding, console: Console
 ) -> Trained:
-    """Trains one network on these devices, and reports."""
+    """Trains one network on these devices and reports the result."""
     with contextlib.ExitStack() as context:
         prepared = prepare_together(flags, arguments, sharding, context)
         trainer = Trainer(**prepared._asdict(), sharding=sharding)
@@ -219,7 +232,7 @@ def run(
 
 
 def introduce(trainer: Trainer, sharding: NamedSharding, console: Console) -> None:
-    """Says what is trained on what, and what will be begun or gone on with."""
+    """Prints what is trained on which data and devices, and where it continues."""
     flags, dataset = trainer.flags, trainer.dataset
     device = jax.devices()[0]
     console.print(
@@ -228,27 +241,28 @@ def introduce(trainer: Trainer, sharding: NamedSharding, console: Console) -> No
         f"{flags.dtype}, on {sharding.num_devices} × {device.device_kind}",
         soft_wrap=True,
     )
+    console.print(f"classes: {data.listed(dataset.names)}", soft_wrap=True, markup=False)
     console.print(f"{dataset.pixels}", soft_wrap=True)
     if damaged := trainer.lines.damaged:
-        console.print(f"{trainer.lines.path}: left out {damaged} damaged lines", soft_wrap=True)
+        console.print(f"{trainer.lines.path}: removed {damaged} damaged lines", soft_wrap=True)
     if flags.resume:
         console.print(
-            f"goes on after step {trainer.done}" if trainer.done else "nothing to resume yet"
+            f"continues after step {trainer.done}" if trainer.done else "nothing to resume yet"
         )
     *ended, last = trainer.config["cycles"]
     if ended:
-        console.print(f"after epoch {ended[-1]} the learning rate rises anew, to fall until {last}")
+        console.print(f"after epoch {ended[-1]} a new cycle of the learning rate begins, to {last}")
 
 
 def report(trainer: Trainer, console: Console) -> None:
-    """Compares inference mode with batch statistics, tells of the layers, and draws figures."""
+    """Compares inference mode with batch statistics, prints the layers and draws the figures."""
     flags, dataset, history = trainer.flags, trainer.dataset, trainer.history
     model = trainer.recipe.model
     results = trainer.results()
     inference, batch = history[-1].test_accuracy, history[-1].batch_accuracy
     console.print(f"test accuracy in inference mode, running statistics: {inference:7.2%}")
     if batch is None:
-        console.print("without batch norm both modes are the same")
+        console.print("without batch norm, both modes are the same")
     else:
         images = len(dataset.x_test)
         console.print(f"test accuracy by the statistics of test batches:     {batch:7.2%}")
@@ -268,9 +282,9 @@ def report(trainer: Trainer, console: Console) -> None:
 
 
 def explain(trainer: Trainer, batch: float, inference: float, console: Console) -> None:
-    """Says why the modes differ, where they do by more than the choice of the images explains."""
+    """Prints why the modes differ, if the difference is more than chance."""
     apart = told_apart(batch, inference, len(trainer.dataset.x_test))
-    if not apart or trainer.flags.norm == "flax":  # whose layers cannot be asked
+    if not apart or trainer.flags.norm == "flax":  # explain_gap takes jaxbn's layers
         return
     feeds = trainer.train, trainer.test
     model, variables = trainer.recipe.model, trainer.state.variables
@@ -280,40 +294,53 @@ def explain(trainer: Trainer, batch: float, inference: float, console: Console) 
     console.print(f"{title}: {found}", soft_wrap=True, highlight=False, markup=False)
 
 
+def variant(
+    flags: argparse.Namespace, arguments: list[str], norm: str
+) -> tuple[argparse.Namespace, list[str]]:
+    """The flags and the command line of one of the runs of --compare."""
+    chosen = [*arguments, "--norm", norm]
+    parsed = parse(DESCRIPTION, chosen)
+    parsed.output = flags.output and flags.output / norm
+    return parsed, chosen
+
+
 def run_all(flags: argparse.Namespace, arguments: list[str], sharding: NamedSharding) -> None:
-    """Trains the network, or one with each norm to compare them."""
+    """Trains the network once, or with each norm to compare them."""
     first = jax.process_index() == 0
     console = Console(quiet=not first)
     if flags.compare is None:
         run(flags, arguments, sharding, console)
         return
-    histories = {}
+    variants = {norm: variant(flags, arguments, norm) for norm in flags.compare or NORMS}
     if flags.output:
         owned = any(folders.is_own(flags.output / norm) for norm in NORMS)
         folders.refuse_others(flags.output, [folders.COMPARISON], owned)
-    for norm in flags.compare or NORMS:
-        chosen = [*arguments, "--norm", norm]
-        if flags.output:
-            chosen += ["--output", str(flags.output / norm)]
-            flags.output.mkdir(exist_ok=True)  # each process checks its flags
+    for parsed, _ in variants.values():  # before the first of them trains
+        check_start(parsed)
+    histories = {}
+    for norm, chosen in variants.items():
         console.rule(norm)
-        parsed = parse(DESCRIPTION, chosen)
-        histories[norm] = run(parsed, chosen, sharding, console).history
+        histories[norm] = run(*chosen, sharding, console).history
     console.print(comparison_table(histories))
     if flags.output and first:
         figures.draw_comparison(flags.output / folders.COMPARISON, histories)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; 0 when it went well."""
+    """Runs the command line; the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = parse(DESCRIPTION, arguments)
     check_comparison(flags, arguments)
     try:
+        if is_started_here(flags):
+            command = [sys.executable, __file__, *arguments]
+            others = processes.start_others(flags, command)
+            status = processes.joined(flags, PREFIX, lambda: train(flags, arguments))
+            return max([status, *(other.wait() != 0 for other in others)])
         if flags.coordinator or flags.cluster:
             return processes.joined(flags, PREFIX, lambda: train(flags, arguments))
         return train(flags, arguments)
-    except KeyboardInterrupt:  # where this is no program of its own
+    except KeyboardInterrupt:  # if another program calls this
         fail(interruption.words)
         return interruption.STATUS
 

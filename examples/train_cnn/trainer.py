@@ -1,4 +1,4 @@
-"""The training loop: calls of compiled steps, evaluation, checkpoints and what is told of them."""
+"""The training loop: compiled steps, evaluation, checkpoints and records."""
 
 import argparse
 import math
@@ -28,19 +28,19 @@ from rich.progress import (
 from rich.text import Text
 from steps import Recipe, Results, State, Sums, Variables, evaluated, initial_state, train_steps
 
-EVALUATED = 512  # images at once
-STREAMED = 16  # batches at once, where not all images fit on the device
+EVALUATED = 512  # images per evaluation batch
+STREAMED = 16  # batches per compiled call, if the images do not fit on the device
 
 
 class TrainingError(Exception):
-    """Training cannot go on: says why and what to do."""
+    """Training cannot continue; names the reason and what to do."""
 
 
 class Rate(ProgressColumn):
     """Steps per second."""
 
     def render(self, task: Task) -> Text:
-        """The rate, once there is one."""
+        """The rate, if it is known yet."""
         return Text(f"{task.speed:.1f} steps/s" if task.speed else "")
 
 
@@ -52,7 +52,7 @@ class Trained(NamedTuple):
 
 
 class Trainer:
-    """One run: the state, where it is in the data, and what was told of it so far."""
+    """One run: its state, its position in the data and its records."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Trainer:
         checkpoints: Checkpoints | None,
         config: dict[str, Any],
     ) -> None:
-        """Puts the data on the devices, and takes the newest of the checkpoints as the start."""
+        """Puts the data on the devices and starts from the newest checkpoint, if there is one."""
         self.recipe, self.flags, self.dataset = recipe, flags, dataset
         self.checkpoints, self.config = checkpoints, config
         multiple = math.lcm(sharding.num_devices, recipe.model.norm.samples)
@@ -85,7 +85,7 @@ class Trainer:
         self.lines = Lines(path, self.done)
 
     def _arrays(self) -> Any:
-        """What a checkpoint holds in arrays."""
+        """The arrays of a checkpoint."""
         state = self.state._replace(key=jax.random.key_data(self.state.key))
         return jax.device_get({**state._asdict(), "epoch_stats": self.epoch_stats})
 
@@ -108,7 +108,7 @@ class Trainer:
             self.checkpoints.save(self.done, self._arrays(), run)
 
     def run(self, console: Console) -> Trained:
-        """Trains to the end, printing a line for each epoch.
+        """Trains to the end and prints a line per epoch.
 
         Raises:
           TrainingError: the loss is not finite.
@@ -128,13 +128,13 @@ class Trainer:
             task = progress.add_task("training", total=total, completed=self.done)
             while self.done < total:
                 if self.checkpoints is not None and self.done:
-                    interruption.words = "interrupted; go on with --resume"
+                    interruption.words = "interrupted; continue with --resume"
                 self._epoch(progress, task)
                 console.print(f"{len(self.history):5d}{self.history[-1]}", highlight=False)
         return Trained(self.state.variables, self.history)
 
     def _cuts(self) -> list[int]:
-        """Between which steps of the epoch the calls and the checkpoints are, from here on."""
+        """The steps at which compiled calls end in the rest of the epoch."""
         steps = len(self.sizes)
         at_once = steps if self.train.pool is not None else STREAMED
         per_call = self.flags.steps_per_call or (1 if jax.default_backend() == "cpu" else at_once)
@@ -143,7 +143,7 @@ class Trainer:
         return [here, *sorted(start for start in starts if start > here), steps]
 
     def _epoch(self, progress: Progress, task: Any) -> None:
-        """The rest of the epoch in which the last step was."""
+        """Trains the rest of the current epoch."""
         start, waited, steps = time.perf_counter(), 0.0, len(self.sizes)
         number, every = self.done // steps, self.flags.save_every
         order = np.random.default_rng([self.flags.seed, number]).permutation(sum(self.sizes))
@@ -159,7 +159,7 @@ class Trainer:
         self._save()
 
     def _count(self, sums: Sums) -> None:
-        """Adds the sums of some steps to those of the epoch, and writes a line for each step."""
+        """Adds the sums of some steps to those of the epoch, and writes a line per step."""
         sums = Sums(*(np.asarray(value).tolist() for value in jax.device_get(sums)))
         lines = []
         for loss, hits, samples in zip(*sums, strict=True):
@@ -167,23 +167,23 @@ class Trainer:
             lines.append({"step": self.done, "loss": loss / samples, "accuracy": hits / samples})
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"the loss of step {self.done} is {loss}; lower --learning-rate, "
-                    f"{self.flags.learning_rate} in this run, or look for extreme pixels"
+                    f"the loss of step {self.done} is {loss}; lower --learning-rate, which is "
+                    f"{self.flags.learning_rate}, or look for extreme pixels"
                 )
             self.sums = Sums(*map(sum, zip(self.sums, (loss, hits, samples), strict=True)))
         self.lines.write(*lines)
 
     def results(self, by_batch: bool = False) -> Results:
-        """The test set, in inference mode or by the statistics of its own batches."""
+        """Results on the test set, in inference mode or by the statistics of its batches."""
         variables, model = self.state.variables, self.recipe.model
         return evaluated(variables, self.test, self.test_plan, model, by_batch)
 
     def accuracy(self, results: Results) -> float:
-        """Which part of the test set is right."""
+        """The fraction of the test set that is right."""
         return float(np.mean(results.predicted == self.dataset.y_test))
 
     def _end_epoch(self, start: float, waited: float) -> None:
-        """Evaluates, and writes the history on."""
+        """Evaluates, and adds the epoch to the records."""
         stats = jax.device_get(self.state.variables.get("batch_stats", {}))
         before = dict(norm_layers(self.epoch_stats))
         drift = {

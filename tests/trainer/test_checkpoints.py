@@ -1,4 +1,4 @@
-"""Interrupted training goes on bit for bit; a checkpoint is whole, or an error says what it is."""
+"""A resumed run continues bit for bit; a checkpoint is complete, or an error says what it is."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import sys
 import time
 
 import checkpoints
+import classify
 import figures
 import folders
 import jax
@@ -22,9 +23,11 @@ import train_cnn
 from checkpoints import CheckpointError, Checkpoints
 from folders import LOCK
 from helpers import training
+from PIL import Image
 from steps import Recipe, State
+from trainer import Trainer, TrainingError
 
-INTERRUPTED = r"training.py: error: interrupted(; go on with --resume)?\n"
+INTERRUPTED = r"training.py: error: interrupted(; continue with --resume)?\n"
 PATIENCE = 300  # seconds, on a machine that does other things too
 
 
@@ -80,7 +83,7 @@ def test_resumed_bit_for_bit(way, images, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     result.clear()
     assert train_cnn.main(["--output", str(parts), "--resume"]) == 0
-    assert "goes on after step 12" in capsys.readouterr().out
+    assert "continues after step 12" in capsys.readouterr().out
     assert result.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(result[name], value, name)
@@ -171,7 +174,7 @@ def test_a_full_disk(images, tmp_path):
     assert process.returncode == 1
     (reason,) = [line for line in process.stderr.splitlines() if line.startswith("train_cnn")]
     place = f"train_cnn.py: error: {tmp_path / 'run' / 'checkpoints'}"
-    assert reason.startswith(f"{place}: the checkpoint of step 4 cannot be written, there is none:")
+    assert reason.startswith(f"{place}: the checkpoint of step 4 cannot be written, there is none")
     assert "too large" in reason
     assert "Traceback" not in process.stderr
 
@@ -261,7 +264,7 @@ def test_advice_where_a_byte_is_flipped(tmp_path):
     shutil.rmtree(tmp_path / "2" / "state")
     (tmp_path / "other" / "2" / "state").rename(tmp_path / "2" / "state")
     error = message(Checkpoints(tmp_path, write=False).load)
-    assert "arrays are not those that were written; remove it to go on from step 1" in error
+    assert "arrays are not those that were written; remove it to continue from step 1" in error
 
 
 def test_arrays_of_another_checkpoint_are_refused(tmp_path):
@@ -285,12 +288,12 @@ def test_a_broken_checkpoint_leaves_the_one_before(images, tmp_path, monkeypatch
     assert train_cnn.main(flags) == 1
     error = capsys.readouterr().err
     assert str(broken) in error
-    assert "remove it to go on from step 8" in error
+    assert "remove it to continue from step 8" in error
     for path in sorted(broken.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     broken.rmdir()
     assert train_cnn.main(flags) == 0
-    assert "goes on after step 8" in capsys.readouterr().out
+    assert "continues after step 8" in capsys.readouterr().out
 
 
 def test_a_run_is_neither_overwritten_nor_mixed(images, tmp_path, monkeypatch, capsys):
@@ -299,7 +302,7 @@ def test_a_run_is_neither_overwritten_nor_mixed(images, tmp_path, monkeypatch, c
     assert train_cnn.main([*images, *flags, "--epochs", "1", "--resume"]) == 0
     assert "nothing to resume yet" in capsys.readouterr().out
     assert train_cnn.main([*images, *flags]) == 1
-    assert "holds a run already; go on with it by --resume" in capsys.readouterr().err
+    assert "holds a run already; continue it with --resume" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train_cnn.main([*flags, "--resume", "--seed", "3"])
     assert "--seed is 0 in the run to be resumed; got 3" in capsys.readouterr().err
@@ -337,7 +340,7 @@ def test_damaged_lines_are_left_out(copied, capsys):
     path.write_bytes(b"".join([*damaged, first, b"\n", *others, later, b'{"step": 4, "lo']))
     assert train_cnn.main(["--output", str(copied), "--resume"]) == 0
     assert path.read_bytes() == b"".join([first, *others])
-    assert f"{path}: left out 8 damaged lines" in capsys.readouterr().out
+    assert f"{path}: removed 8 damaged lines" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "history.png", "checkpoints/epoch_1.pt"])
@@ -348,7 +351,7 @@ def test_files_of_others_are_kept(name, images, tmp_path, capsys):
     for resume in ([], ["--resume"]):
         assert train_cnn.main([*images, "--output", str(tmp_path / "theirs"), *resume]) == 1
         error = capsys.readouterr().err
-        assert "is there already, and the folder is not marked as that of a run of train_" in error
+        assert "exists already, and the folder does not belong to a run of train_cnn.py" in error
     assert path.read_text() == "theirs"
     assert [p for p in (tmp_path / "theirs").rglob("*") if p.is_file()] == [path]
 
@@ -357,7 +360,7 @@ def test_a_comparison_of_others_is_kept(images, tmp_path, capsys):
     path = tmp_path / "comparison.png"
     path.write_text("theirs")
     assert train_cnn.main([*images, "--output", str(tmp_path), "--compare"]) == 1
-    assert f"{path}: is there already" in capsys.readouterr().err
+    assert f"{path}: exists already" in capsys.readouterr().err
     assert path.read_text() == "theirs"
 
 
@@ -384,23 +387,91 @@ def test_one_run_at_a_time(copied, capsys):
         assert process.stdout.readline() == "held\n"
         flags = ["--output", str(copied), "--resume"]
         assert train_cnn.main(flags) == 1
-        assert f"{copied}: another run writes there" in capsys.readouterr().err
+        assert f"{copied}: another run writes to it" in capsys.readouterr().err
         process.kill()
         process.wait()
         assert train_cnn.main(flags) == 0
 
 
-def test_nothing_to_resume_and_no_data(tmp_path, capsys):
-    """Never the digits; a folder of another name, by mistake, is not made."""
+def killed_in_its_first_epoch(folder):
+    """What such a run leaves."""
+    (folder / folders.CHECKPOINTS).mkdir(parents=True)
+    (folder / folders.CHECKPOINTS / folders.LOCK).touch()
+
+
+def with_an_export(folder):
+    folder.mkdir()
+    (folder / "digits.jaxexport").write_bytes(b"exported")
+
+
+NOTHING_THERE = {
+    "no folder": lambda folder: None,
+    "an empty folder": lambda folder: folder.mkdir(),
+    "other files": with_an_export,
+    "a run without a checkpoint": killed_in_its_first_epoch,
+}
+
+
+@pytest.mark.parametrize("flags", [["--resume"], ["--compare", "--resume"]])
+@pytest.mark.parametrize("kind", NOTHING_THERE)
+def test_nothing_to_resume_and_no_data(kind, flags, tmp_path, capsys):
+    """Training on the digits is never begun, and nothing is made or changed."""
     path = tmp_path / "run"
-    for again in range(2):
-        assert train_cnn.main(["--output", str(path), "--resume"]) == 1
-        error = f"{path}: no checkpoint to go on from; to begin a run there give its --data"
-        assert error in capsys.readouterr().err
-        assert path.exists() == bool(again)
-        kept = path / folders.CHECKPOINTS  # what a run leaves that is killed in its first epoch
-        kept.mkdir(parents=True, exist_ok=True)
-        (kept / folders.LOCK).touch()
+    NOTHING_THERE[kind](path)
+    before = [*tmp_path.rglob("*")]
+    assert train_cnn.main(["--output", str(path), *flags]) == 1
+    place = path / "jaxbn" if "--compare" in flags else path
+    captured = capsys.readouterr()
+    assert captured.err == (
+        f"train_cnn.py: error: {place}: holds no checkpoint to continue from; to begin a run "
+        "there, give its --data or --dataset\n"
+    )
+    assert captured.out == ""
+    assert [*tmp_path.rglob("*")] == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"], ["--resume", "--dataset", "digits"]])
+def test_a_run_is_not_begun_among_those_of_a_comparison(flags, copied, tmp_path, capsys):
+    compared = tmp_path / "compared"
+    compared.mkdir()
+    copied.rename(compared / "flax")
+    before = [*compared.rglob("*")]
+    assert train_cnn.main(["--output", str(compared), *flags]) == 1
+    assert f"{compared}: holds the runs of --compare; add --compare" in capsys.readouterr().err
+    assert [*compared.rglob("*")] == before
+
+
+def test_a_comparison_is_refused_before_anything_is_trained(copied, tmp_path, capsys):
+    """Also if only the last of its runs cannot start."""
+    compared = tmp_path / "compared"
+    compared.mkdir()
+    copied.rename(compared / "jaxbn")
+    before = [*compared.rglob("*")]
+    for flags, words in {
+        "--compare none jaxbn": f"{compared / 'jaxbn'}: holds a run already; continue it with --r",
+        "--compare jaxbn none --resume": f"{compared / 'none'}: holds no checkpoint to continue fr",
+    }.items():
+        assert train_cnn.main(["--output", str(compared), *flags.split()]) == 1
+        captured = capsys.readouterr()
+        assert words in captured.err
+        assert captured.out == ""
+    assert [*compared.rglob("*")] == before
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_can_begin_again(
+    images, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise TrainingError("the loss of step 1 is nan")
+
+    training.keep(monkeypatch.setattr)
+    monkeypatch.setattr(figures, "draw_run", lambda *_: None)
+    flags = [*images, "--epochs", "1", "--output", str(tmp_path / "run")]
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "run", fail)
+        assert train_cnn.main(flags) == 1
+    assert "the loss of step 1 is nan" in capsys.readouterr().err
+    assert train_cnn.main(flags) == 0
 
 
 def test_more_epochs(copied, capsys):
@@ -409,7 +480,7 @@ def test_more_epochs(copied, capsys):
     flags = ["--output", str(copied), "--resume"]
     assert train_cnn.main([*flags, "--epochs", "2", "--save-every", "3", "--stream"]) == 0
     output = capsys.readouterr().out
-    assert "goes on after step 4" in output
+    assert "continues after step 4" in output
     assert told(copied)[:5] == before
     assert [line["epoch"] for line in told(copied) if "epoch" in line] == [1, 2]
     saved = Checkpoints(copied / "checkpoints", write=False).run()
@@ -418,6 +489,20 @@ def test_more_epochs(copied, capsys):
         with pytest.raises(SystemExit):
             train_cnn.main([*flags, flag, value])
         assert f"error: {flag} is" in capsys.readouterr().err
+
+
+def test_class_names_may_change(copied, tmp_path, monkeypatch, capsys):
+    """They are shown, and nothing else depends on them."""
+    data = Checkpoints(copied / "checkpoints", write=False).run()["config"]["paths"]["data"]
+    named = tmp_path / "named.npz"
+    np.savez(named, **np.load(data), class_names=["cat", "dog", "red fox"])
+    flags = ["--output", str(copied), "--resume", "--data", str(named), "--epochs", "2"]
+    assert train_cnn.main(flags) == 0
+    assert "\nclasses: cat, dog, red fox\n" in capsys.readouterr().out
+    monkeypatch.setattr(classify, "MODELS", training.MODELS)
+    Image.fromarray(np.zeros((6, 6), np.uint8)).save(tmp_path / "black.png")
+    assert classify.main([str(copied), str(tmp_path / "black.png")]) == 0
+    assert len(re.findall(r"(cat|dog|red fox) [\d.]+%", capsys.readouterr().out)) == 3
 
 
 def test_flags_of_a_run_in_words(copied, capsys):

@@ -120,7 +120,7 @@ def test_only_an_export_is_written_over(tmp_path):
         classify.write(path, exported)
         assert path.read_bytes() == exported
     path.write_bytes(content)
-    with pytest.raises(classify.ExportError, match="is there already, and not from --export"):
+    with pytest.raises(classify.ExportError, match="exists already and is no exported function"):
         classify.write(path, exported)
     assert path.read_bytes() == content
     assert [*tmp_path.iterdir()] == [path]
@@ -179,7 +179,7 @@ def test_palettes(tmp_path):
     expected = np.asarray(image.convert("RGB"))
     for name in ("palette", "opaque"):
         np.testing.assert_array_equal(pixels_of(tmp_path / f"{name}.png", (9, 8, 3)), expected)
-    with pytest.raises(classify.ImageError, match="is transparent in places"):
+    with pytest.raises(classify.ImageError, match="has transparent pixels"):
         pixels_of(tmp_path / "transparent.png", (9, 8, 3))
 
 
@@ -192,10 +192,10 @@ def test_files_that_are_refused(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:50])
     for name, reason in {
-        "transparent.png": "is transparent in places; give it a background",
-        "key.png": "is transparent in places; give it a background",
-        "deep.png": "must be grey or RGB with eight bits to a channel; is I;16",
-        "print.tiff": "must be grey or RGB with eight bits to a channel; is CMYK",
+        "transparent.png": "has transparent pixels; give it a background",
+        "key.png": "has transparent pixels; give it a background",
+        "deep.png": "must be gray or RGB with eight bits per channel; got I;16",
+        "print.tiff": "must be gray or RGB with eight bits per channel; got CMYK",
         "text.png": "not an image that can be read",
         "cut.png": "not an image that can be read",
         "none.png": "no such file",

@@ -7,6 +7,7 @@ import re
 import struct
 import zipfile
 
+import classify
 import data
 import idx
 import numpy as np
@@ -90,7 +91,7 @@ def test_a_broken_file_is_refused(kind, folder):
 def test_a_gzipped_file_cut_off_is_refused(tmp_path):
     path = tmp_path / "values.gz"
     path.write_bytes(gzip.compress(encoded(np.arange(200)))[:-20])
-    with pytest.raises(idx.FormatError, match="cannot be unpacked"):
+    with pytest.raises(idx.FormatError, match="cannot be decompressed"):
         idx.read(path)
 
 
@@ -174,18 +175,18 @@ BAD = {
         {"y_train": Y.astype(np.uint64) + 2**40},
         "integer from 0 to 9999 for each of 6 images; got 1099511627776, 1099511627777",
     ),
-    "unknown labels": ({"y_test": Y[:2] + 9}, "y_test has labels that y_train has not: 9, 10"),
+    "unknown labels": ({"y_test": Y[:2] + 9}, "y_test has labels that y_train lacks: 9, 10"),
     "labels between": (
         {"y_train": 7 * (Y > 0), "y_test": Y[:2]},
-        "y_test has labels that y_train has not: 1",
+        "y_test has labels that y_train lacks: 1",
     ),
     "one label": (
         {"y_train": 0 * Y + 3, "y_test": 0 * Y[:2] + 3},
-        "y_train must have two classes at least; got 3 only",
+        "y_train must have at least two classes; got only 3",
     ),
     "channels first": (
         {"x_train": np.zeros((6, 3, 32, 32)), "x_test": np.zeros((2, 3, 32, 32))},
-        "must be [H, W, C]; got [3, 32, 32], as if channels came first: give x.transpose(0, 2, 3,",
+        "must be [H, W, C]; got [3, 32, 32], as if channels came first: save x.transpose(0, 2, 3,",
     ),
     "many channels first": (
         {"x_train": np.zeros((6, 12, 32, 24)), "x_test": np.zeros((2, 12, 32, 24))},
@@ -197,6 +198,35 @@ BAD = {
         {"x_test": np.full((2, 4, 4), np.nan)},
         "finite, below 1e18 and not all the same; got nan in x_test",
     ),
+    "labels as objects": (
+        {"y_train": Y.astype(object)},
+        "y_train must be an array of numbers; got Python objects, which are not read, since a pi",
+    ),
+    "names as objects": (
+        {"class_names": np.array(["cat", "dog", "fox"], object)},
+        "class_names must be a row of strings, such as np.array(names, dtype=str); got Python obj",
+    ),
+    "names as bytes": ({"class_names": [b"cat", b"dog", b"fox"]}, "got |S3 of shape (3,)"),
+    "numbers as names": ({"class_names": np.arange(3)}, "got int64 of shape (3,)"),
+    "one name": ({"class_names": np.array("cat")}, "got <U3 of shape ()"),
+    "too few names": (
+        {"class_names": ["cat", "dog"]},
+        "y_train must have all labels from 0 to 1, as there are 2 class names; got 0, 1, 2",
+    ),
+    "too many names": (
+        {"class_names": ["cat", "dog", "fox", "owl"]},
+        "y_train must have all labels from 0 to 3, as there are 4 class names; got 0, 1, 2",
+    ),
+    "names of other labels": (
+        {"y_train": Y + 1, "y_test": Y[:2] + 1, "class_names": ["cat", "dog", "fox"]},
+        "y_train must have all labels from 0 to 2, as there are 3 class names; got 1, 2, 3",
+    ),
+    "a name twice": (
+        {"class_names": ["cat", "dog", "cat"]},
+        "class_names must be distinct, printable and not empty; got 'cat' twice",
+    ),
+    "an empty name": ({"class_names": ["cat", " ", "fox"]}, "not empty; got ' '"),
+    "a name of two lines": ({"class_names": ["cat", "d\nog", "fox"]}, "not empty; got 'd\\nog'"),
 }
 
 
@@ -215,6 +245,31 @@ def test_classes_are_the_labels_that_there_are(tmp_path):
     assert dataset.names == ("0", "7")
     assert dataset.y_train.tolist() == [0, 1, 1, 0, 1, 1]
     assert dataset.y_test.tolist() == [0, 1]
+
+
+def test_class_names(tmp_path):
+    np.savez(tmp_path / "images.npz", **GOOD | {"class_names": ["cat", "großer Hund", "[fox]"]})
+    named = data.load(tmp_path / "images.npz")
+    assert named.names == ("cat", "großer Hund", "[fox]")
+    np.savez(tmp_path / "images.npz", **GOOD)
+    assert data.load(tmp_path / "images.npz").digest() == named.digest()
+
+
+def test_a_folder_of_images(tmp_path):
+    """The snippet of the documentation writes a file that the trainer takes."""
+    page = pathlib.Path(__file__).parents[2] / "docs" / "trainer.md"
+    (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names = {}
+    exec(snippet, names)
+    dataset = data.load(names["file"])
+    assert dataset.names == ("cat", "dog", "fox")
+    assert dataset.x_train.shape == (24, 32, 32, 3)
+    assert dataset.x_test.shape == (6, 32, 32, 3)
+    assert np.bincount(dataset.y_train).tolist() == [8, 8, 8]
+    assert (dataset.pixels.black, dataset.pixels.white) == (0, 255)
+    image = classify.read_image(names["folder"] / "fox" / "0.png", (32, 32, 3)).pixels
+    with np.load(names["file"]) as archive:
+        np.testing.assert_array_equal(archive["x_test"][archive["y_test"] == 2][0], image)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,22 @@ def test_labels_and_values_can_be_seen(case):
                     assert axes.get_xlim()[1] - axes.get_xlim()[0] >= 0.4
 
 
+def test_class_names_are_no_formulas_and_do_not_overlap():
+    results, dataset = classified(3, 12)
+    names = ("$x^$", "nothing but dogs", "nothing but cats")
+    dataset = dataset._replace(names=names)
+    figure = figures.draw_confusion(results, dataset)
+    for _, _, boxes in labels(figure):
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    shown = [text.get_text().replace(r"\$", "$") for text in figure.axes[0].get_yticklabels()]
+    assert shown == ["$x^$", "nothing but d…", "nothing but c…"]
+    sheet = figures.draw_mistakes(results, dataset)
+    canvas = FigureCanvasAgg(sheet)
+    canvas.draw()
+    boxes = [axes.title.get_window_extent(canvas.get_renderer()) for axes in sheet.axes]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
 def test_losses_of_zero_are_apart_from_others():
     axes = figures.draw_history(history(15, right=True)).axes[0]
     low, high = axes.get_ylim()

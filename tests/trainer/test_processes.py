@@ -128,7 +128,7 @@ def test_two_processes_train_like_one(dtype, tolerance, run, images):
     ]
     for i, process in enumerate(again):
         assert process.wait(PATIENCE) == 0, run.error(i).read_text()
-        assert ("goes on after step 12" in run.output(i)) == (i == 0)
+        assert ("continues after step 12" in run.output(i)) == (i == 0)
         resumed = dict(np.load(run.folder / f"{i}.npz"))
         for name in first:
             np.testing.assert_array_equal(resumed[name], first[name], name)

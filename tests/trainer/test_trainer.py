@@ -168,7 +168,7 @@ def test_one_figure_compares_the_norms(compared, few, monkeypatch, capsys):
     training.keep(monkeypatch.setattr)
     flags = [*few, "--output", str(folder), "--compare", "none", "ghost", "--resume"]
     assert train_cnn.main(flags) == 0
-    assert capsys.readouterr().out.count("goes on after step 8") == 2
+    assert capsys.readouterr().out.count("continues after step 8") == 2
 
 
 def test_jaxbn_and_flax_are_one_function_in_training(compared):
@@ -209,7 +209,7 @@ FLAGS = {
     "--batch-size 1": "--batch-size: must be a whole number at least 2; got '1'",
     f"--epochs {2**63}": "--epochs: must be a whole number at least 1 and at most 2147483647; got",
     f"--epochs {2**31 - 1}": "--epochs 2147483647 of 23 steps are more than 2147483647 steps",
-    "--norm ghost --ghost-size 1438": "--ghost-size 1438 is more than the 1437 images",
+    "--norm ghost --ghost-size 1438": "--ghost-size 1438 is more than the 1437 training images",
     "--range 3 3": "--range must be two numbers that differ; got 3 twice",
     "--range 0 inf": "--range: must be a number at least -1e+18 and at most 1e+18; got 'inf'",
     "--batch-size 5000": "--batch-size 5000 is more than the 1437 training images",
@@ -221,9 +221,9 @@ FLAGS = {
     "--data nowhere.npz": "nowhere.npz: no such file",
     "--output nowhere/run": "--output: must be a folder, or a new one in an existing folder",
     "--output README.md": "--output: must be a folder, or a new one in an existing folder",
-    "--compare --norm flax": "--compare and --norm exclude each other; to compare some norms, name",
-    "--resume": "--resume takes an --output folder",
-    "--save-every 3": "--save-every takes an --output folder",
+    "--compare --norm flax": "--compare and --norm exclude each other; to compare some norms only",
+    "--resume": "--resume needs --output, the folder of the checkpoints",
+    "--save-every 3": "--save-every needs --output, the folder of the checkpoints",
     "--save-every 0 --output .": "--save-every: must be a whole number at least 1; got '0'",
     "--shift 8": "--shift 8 must be less than the 8 pixels of an image",
     "--norm batch": "--norm: invalid choice: 'batch'",
@@ -238,7 +238,8 @@ FLAGS = {
     "--process-id -1": "--process-id: must be a whole number at least 0; got '-1'",
     "--coordinator host:1 --processes 2 --process-id 2": "must be below --processes 2; got 2",
     "--timeout 0": "--timeout: must be a whole number at least 1; got '0'",
-    "--timeout 9": "--timeout is for several processes",
+    "--timeout 9": "--timeout is for several processes; give --processes too",
+    "--processes 2 --seed -1": "--seed: must be a whole number at least 0",
     "--no-such-flag": "unrecognized arguments: --no-such-flag",
 }
 
@@ -264,6 +265,11 @@ def test_the_environment_stands_for_flags(monkeypatch, capsys):
     monkeypatch.setenv("JAX_PROCESS_ID", "2")
     flags = parse("", ["--process-id", "1"])
     assert (flags.coordinator, flags.processes, flags.process_id) == ("[::1]:1234", 3, 1)
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
+    monkeypatch.delenv("JAX_PROCESS_ID")
+    with pytest.raises(SystemExit):
+        parse("", [])
+    assert "missing: --coordinator, --process-id" in capsys.readouterr().err
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(SystemExit):
         parse("", [])
@@ -315,11 +321,12 @@ def test_other_images_train_too(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("made", [False, True])
-def test_a_start_that_fails_leaves_no_folder(made, tmp_path, capsys):
+@pytest.mark.parametrize("compare", [[], ["--compare"]])
+def test_a_start_that_fails_leaves_no_folder(compare, made, tmp_path, capsys):
     folder = tmp_path / "run"
     if made:
         folder.mkdir()
-    assert train_cnn.main(["--data", "nowhere.npz", "--output", str(folder)]) == 1
+    assert train_cnn.main(["--data", "nowhere.npz", "--output", str(folder), *compare]) == 1
     assert "no such file" in capsys.readouterr().err
     assert folder.exists() == made
     assert not made or not list(folder.iterdir())
