@@ -118,7 +118,9 @@ def check_resumed(parser: Parser, flags: argparse.Namespace, saved: dict[str, An
 
 def add_training(parser: Parser) -> None:
     """The flags of the network and its training."""
-    parser.add_argument("--model", choices=list(MODELS), default="cnn", help="network (%(default)s)")
+    parser.add_argument(
+        "--model", choices=list(MODELS), default="cnn", help="network (%(default)s)"
+    )
     parser.add_argument(
         "--norm",
         choices=NORMS,
