@@ -129,12 +129,16 @@ def check_sizes(model: Layers, dataset: data.Dataset, sizes: list[int]) -> None:
 def open_checkpoints(
     flags: argparse.Namespace, context: contextlib.ExitStack
 ) -> Checkpoints | None:
-    """The checkpoints in the output folder, which other runs cannot use until the context ends."""
+    """The checkpoints in the output folder, if the run may start there.
+
+    Other runs cannot use the folder until the context ends.
+    """
     if flags.output is None:
         return None
     first = jax.process_index() == 0
     if first:
         context.enter_context(folders.held(flags.output))
+    check_start(flags)
     return Checkpoints(flags.output / folders.CHECKPOINTS, write=first)
 
 
@@ -178,7 +182,6 @@ def prepare(
 ) -> Prepared:
     """Reads the data and the newest checkpoint, whose flags are the defaults of a resumed run."""
     checkpoints = open_checkpoints(flags, context)
-    check_start(flags)
     saved = checkpoints.run()["config"] if checkpoints and checkpoints.steps else None
     if saved is not None:
         output = flags.output
