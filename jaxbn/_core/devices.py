@@ -26,7 +26,16 @@ class Devices(NamedTuple):
     @property
     def size(self) -> int:
         """How many devices share a batch."""
-        return jax.lax.axis_size(self.names) if self.groups is None else len(self.groups[0])
+        if self.groups is not None:
+            return len(self.groups[0])
+        try:
+            return jax.lax.axis_size(self.names)
+        except NameError:  # where `checked_devices` had found them
+            raise NameError(
+                "JAX must know the axes of `axis_name` where it differentiates; it has lost "
+                f"{self.names!r} in a jax.jit, jax.lax.scan or jax.checkpoint around the jax.vmap "
+                "that names them. Put jax.grad inside of these, or put these inside of jax.vmap."
+            ) from None
 
 
 ALONE = Devices()

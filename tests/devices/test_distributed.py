@@ -374,3 +374,22 @@ def test_train_may_be_traced(names, scopes, check_vma):
         else:
             means = parts.mean((0, 2)) if scopes == 2 else x.reshape(scopes, -1, 3).mean(1)
             np.testing.assert_allclose(new.mean, 0.1 * means, rtol=1e-5)
+
+
+@pytest.mark.parametrize("around", [jax.jit, jax.checkpoint])
+def test_where_jax_loses_the_name_of_an_axis(around):
+    """Inside of `jax.vmap` or outside of the gradient it is known; else an error says so."""
+
+    def normalized(x):
+        return jaxbn.batch_normalize(x, axis_name="lost")[0]
+
+    def loss(function, x):
+        return jnp.sin(function(x)).sum()
+
+    x = jnp.asarray(sample((3, 5, 7), 0))
+    outside = around(jax.vmap(normalized, axis_name="lost"))
+    with pytest.raises(NameError, match="Put jax.grad inside of these"):
+        jax.grad(functools.partial(loss, outside))(x)
+    expected = jax.grad(functools.partial(loss, lambda x: jaxbn.batch_normalize(x)[0]))(x)
+    inside = jax.vmap(around(normalized), axis_name="lost")
+    assert_close(jax.grad(functools.partial(loss, inside))(x), expected)
