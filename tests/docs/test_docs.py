@@ -15,7 +15,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"])
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-ELSEWHERE = (TUTORIAL, ROOT / "docs" / "torch.md")  # torch.md: in test_state_dict.py
+# torch.md: in test_state_dict.py; trainer.md: in test_data.py
+ELSEWHERE = (TUTORIAL, ROOT / "docs" / "torch.md", ROOT / "docs" / "trainer.md")
 OPTIONAL = ("equinox", "haiku", "keras", "onnx", "safetensors", "torch")
 
 

@@ -23,6 +23,11 @@ def test_the_changelog_and_the_citation_have_this_version():
     assert titles[:2] == ["[Unreleased]", f"[{PROJECT['version']}] - {citation['date-released']}"]
 
 
+def test_the_readme_installs_this_version():
+    named = re.findall(r"@v([\d.]+)\"|jaxbn-([\d.]+)-py3|version = \{([\d.]+)\}", text("README.md"))
+    assert [max(names) for names in named] == [PROJECT["version"]] * 3
+
+
 def test_each_version_of_the_changelog_has_its_link():
     changelog = text("CHANGELOG.md")
     names = re.findall(r"^## \[(.+?)\]", changelog, re.MULTILINE)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import train_cnn
 from helpers import training
+from PIL import Image
 
 pytestmark = [pytest.mark.trained, pytest.mark.usefixtures("standard_promotion")]
 
@@ -255,20 +256,27 @@ def test_class_names(tmp_path):
     assert data.load(tmp_path / "images.npz").digest() == named.digest()
 
 
-def test_a_folder_of_images(tmp_path):
+def test_a_folder_of_images(tmp_path, monkeypatch):
     """The snippet of the documentation writes a file that the trainer takes."""
     page = pathlib.Path(__file__).parents[2] / "docs" / "trainer.md"
     (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    names = {}
-    exec(snippet, names)
-    dataset = data.load(names["file"])
+    folder = tmp_path / "my_images"
+    for name, color in (("cat", 60), ("dog", 120), ("fox", 180)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / ".DS_Store").write_bytes(b"no image")
+        for i in range(10):
+            pixels = np.random.default_rng(i).integers(0, 60, (48, 64, 3)) + color
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    dataset = data.load(tmp_path / "images.npz")
     assert dataset.names == ("cat", "dog", "fox")
     assert dataset.x_train.shape == (24, 32, 32, 3)
     assert dataset.x_test.shape == (6, 32, 32, 3)
     assert np.bincount(dataset.y_train).tolist() == [8, 8, 8]
     assert (dataset.pixels.black, dataset.pixels.white) == (0, 255)
-    image = classify.read_image(names["folder"] / "fox" / "0.png", (32, 32, 3)).pixels
-    with np.load(names["file"]) as archive:
+    image = classify.read_image(folder / "fox" / "0.png", (32, 32, 3)).pixels
+    with np.load("images.npz") as archive:
         np.testing.assert_array_equal(archive["x_test"][archive["y_test"] == 2][0], image)
 
 
