@@ -165,9 +165,10 @@ def batch_normalize(
       stats: running statistics, used by `renorm` only.
       keep_output: whether the backward pass keeps `y` instead of `x`, and computes `x` from `y`.
         This saves memory if the next layer keeps `y` anyway. The activation must be None or
-        "leaky_relu", and there must be no residual. The output does not change. In gradients, the
-        error of `x̂ = (x − E[x]) / √(Var[x] + epsilon)` is the rounding of `y` times
-        `|x̂| + |bias/scale|`. Where a scale is 0, the gradients of `scale` and `x` are not finite.
+        "leaky_relu", `scale` and `bias` must have shape `[C]`, and there must be no residual. The
+        output does not change. In gradients, the error of
+        `x̂ = (x − E[x]) / √(Var[x] + epsilon)` is the rounding of `y` times `|x̂| + |bias/scale|`.
+        If a scale is 0, the gradients of `scale` and `x` are not finite.
 
     Returns:
       `(y, moments)`: `y` in the shape of `x`, computed in at least float32 and rounded once;

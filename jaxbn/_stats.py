@@ -50,7 +50,7 @@ count=Array(0, dtype=int32))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, ArrayLike]) -> "BatchStats":
-        """Makes statistics from named arrays, as of a checkpoint restored without a target.
+        """Makes statistics from named arrays, such as a checkpoint restored without a target.
 
         `stats._asdict()` is the inverse.
 
@@ -159,7 +159,7 @@ def update_batch_stats(
     skip_nonfinite: Flag = False,
     std_epsilon: Number | None = None,
 ) -> BatchStats:
-    """Folds the moments of one batch into the running statistics.
+    """Updates the running statistics with the moments of one batch.
 
         count' = count + 1
         mean'  = (1 − momentum)·mean + momentum·moments.mean

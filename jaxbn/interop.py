@@ -214,7 +214,7 @@ def from_keras(weights: Sequence[ArrayLike]) -> BatchStats:
 
         mean, var = the last two weights        count = 0: none is kept
 
-    The weights in front of them are gamma (`scale`) and beta (`bias`). The default `epsilon` of
+    The weights before them are gamma (`scale`) and beta (`bias`). The default `epsilon` of
     Keras is 1e-3.
 
     Args:

@@ -66,7 +66,7 @@ def update_batch_stats(
     momentum: ArrayLike | None = 0.1,
     std_epsilon: Number | None = None,
 ) -> dict[str, Any]:
-    """Folds the moments of a model into its running statistics, as those of one batch.
+    """Updates the running statistics of a model with its moments, as for one batch.
 
         count' = count + 1
         mean'  = (1 − momentum)·mean + momentum·moments.mean

@@ -58,7 +58,7 @@ count=Array([0.], dtype=float32))
 
 
 def update_batch_stats(model: nnx.Module) -> None:
-    """Folds the moments of each batch norm into its running statistics, as those of one batch.
+    """Updates the running statistics of each batch norm with its moments, as for one batch.
 
         count' = count + 1
         mean'  = (1 − momentum)·mean + momentum·moments.mean
@@ -66,7 +66,7 @@ def update_batch_stats(model: nnx.Module) -> None:
 
     This is the formula of torch's classes. `BatchNorm` has Flax's `momentum`, the weight of the
     **old** statistics, and keeps the variance without `n/(n − 1)`. Each layer uses its own
-    momentum. A layer with empty moments does not change. Afterwards, no layer has moments, and each
+    momentum. A layer with empty moments does not change. Afterward, no layer has moments, and each
     batch updates the running statistics again.
 
     Args:

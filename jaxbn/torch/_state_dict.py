@@ -60,7 +60,7 @@ def from_state_dict(
     `bias=False`, `track_running_stats=False`) are missing in the results, too.
 
     Additions of wrappers to the keys are removed, unless `prefix` or a name contains them:
-    `module.` in front of all keys (`DataParallel`, `DistributedDataParallel`, `AveragedModel`,
+    `module.` before all keys (`DataParallel`, `DistributedDataParallel`, `AveragedModel`,
     whose `n_averaged` is ignored), and anywhere `_orig_mod.` (`torch.compile`) and
     `_fsdp_wrapped_module.`.
 
