@@ -44,7 +44,7 @@ TEXTS = {
     ),
     "momentum": Text(
         "The running statistics follow the newest batch, which has the weight {weight:.2g}: the "
-        "momentum is the wrong way round.",
+        "momentum counts in the wrong direction.",
         CHECK_MOMENTUM,
     ),
     "momentum_of_zero": Text(
@@ -147,7 +147,7 @@ TEXTS = {
         "In inference mode, the input of the layers has {ratio:.2g} times the variance of training "
         "mode, though all statistics before are right. Something else acts in one mode only, such "
         "as dropout, drop path or noise.",
-        f"Move dropout behind the last batch norm, or {RECALIBRATE} without it.",
+        f"Move dropout after the last batch norm, or {RECALIBRATE} without it.",
     ),
     "other_data": Text(
         "The evaluation data differ from the training data: they are {apart:.2g} std apart.",
