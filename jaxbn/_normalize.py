@@ -159,9 +159,9 @@ def batch_normalize(
       axis_index_groups: groups of indices along the one axis `axis_name`, such as
         `[[0, 1], [2, 3]]`. Each group is a batch of its own.
       virtual_batch_size: number of samples that are normalized together: ghost batch norm. None for
-        the whole batch. Samples lie along the first axis of `x` that is not the channel axis. They
-        are split into blocks of consecutive samples, so this number must divide theirs. Each block
-        is normalized by its own moments; with a `mask`, by those of the values that count. Under
+        the whole batch. Samples lie along the first axis of `x` that is not the channel axis, and
+        `virtual_batch_size` must divide their number. Each block of consecutive samples is
+        normalized by its own moments; with a `mask`, by those of its values that count. Under
         `jax.shard_map`, `jax.pmap` and `jax.vmap`, `x` holds the samples of one device. With
         `axis_name`, block i of all devices is one batch; see `docs/distributed.md#groups`. A block
         with one value per channel is an error.

@@ -96,7 +96,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         if own and {path + name, f"jaxbn.{name}"} & NAMES:
             return found[0]
         if name in TYPES:
-            return f'<a href="{address("api/index.md", name)}">{name}</a>'
+            return f'<a class="autorefs" href="{address("api/index.md", name)}">{name}</a>'
         if own and name[0].isupper():
             log.warning("%s: the table of types lacks %s", page.file.src_uri, name)
         return found[0]
