@@ -81,9 +81,14 @@ def batch_norm(
         names. The batch then extends over all devices along it.
       axis_index_groups: groups of indices along the one axis `axis_name`, such as
         `[[0, 1], [2, 3]]`. Each group is a batch of its own.
-      virtual_batch_size: number of neighboring samples that are normalized together in training
-        mode: ghost batch norm. With `axis_name`, it counts the samples on each device. The merged
-        moments go into the running statistics. None for the whole batch.
+      virtual_batch_size: number of samples that are normalized together in training mode: ghost
+        batch norm. None for the whole batch. Samples lie along the first axis of `x` that is not
+        the channel axis, and `virtual_batch_size` must divide their number. Each block of
+        consecutive samples is normalized by its own moments; with a `mask`, by those of its values
+        that count. Under `jax.shard_map`, `jax.pmap` and `jax.vmap`, `x` holds the samples of one
+        device. With `axis_name`, block i of all devices is one batch; see
+        `docs/distributed.md#groups`. The merged moments of all blocks go into the running
+        statistics. A block with one value per channel is an error.
       mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
         never affect a result or a derivative; the output there is zero.
       activation: None, "relu", "leaky_relu", "silu" or "gelu" (as in `jax.nn`), or a function that
@@ -108,11 +113,36 @@ def batch_norm(
         `stats` is None.
 
     Raises:
-      TypeError: an array is not real floating point, `stats` is not BatchStats or is narrower than
-        float32, or `train`, `update_stats` or `skip_nonfinite` is not a bool; see also `normalize`.
-      ValueError: there is one value per channel in training mode, a shape does not fit, or
-        `epsilon` or `momentum` is out of range; see also `batch_normalize`.
-      NameError: `axis_name` is not bound, in training mode.
+      TypeError: an array or `dtype` is not float16, bfloat16, float32 or float64, `mask` is
+        complex, or `stats` is narrower than float32.
+      TypeError: `train`, `update_stats` or `skip_nonfinite` is not a bool, or `unbiased` or
+        `keep_output` is not one that is known when traced.
+      TypeError: `axis` is not an int, `epsilon` is not a Python number, `activation` is neither a
+        string nor a function, `residual` and `y` differ in dtype, `renorm` is not a `Renorm`, or
+        `stats` is not `BatchStats`.
+      ValueError: in training mode, `x` or a block of `virtual_batch_size` samples has one value per
+        channel, with or without a mask, and no other device shares the batch. If a mask leaves one
+        of several values, `y` is the bias there.
+      ValueError: `axis` is out of range, `x` has no channels, or `stats`, `scale`, `bias` or
+        `residual` does not fit `x`.
+      ValueError: `mask` does not broadcast against `x`, fits both its first and its last axes, or
+        holds values other than 0 and 1. If such a mask is traced, its values in `x` become NaN.
+      ValueError: `epsilon` is negative, zero in training mode, or out of range of the dtype of the
+        computation.
+      ValueError: `momentum` is a number outside [0, 1], or is not a scalar.
+      ValueError: `virtual_batch_size` is not an int of at least 1, or does not divide the number of
+        samples. If the type of `x` spreads the samples over devices, it must divide the number on
+        each device.
+      ValueError: `axis_name` names an axis twice; `axis_index_groups` does not hold each index
+        once, in groups of one size, or is given for no axis or several.
+      ValueError: `activation` is unknown, or changes the shape.
+      ValueError: `keep_output` is given with another activation, with a residual, or with a `scale`
+        or `bias` of shape `[N, C]`.
+      ValueError: `renorm` is given with `stats=None`, or a limit that its schedule returns is out
+        of range. If it is traced, the results are NaN.
+      ValueError: `domain` is not one integer or one per sample, `stats` does not have k sets, or a
+        Python or NumPy `domain` does not exist. If it is in a JAX array, traced or not, `y` is NaN.
+      NameError: `axis_name` is not bound, in training mode or where the batch updates `stats`.
       NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`, or `axis_name` is
         an axis of `jax.vmap` inside `jax.shard_map` with `check_vma=True`.
 

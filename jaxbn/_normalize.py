@@ -77,11 +77,16 @@ def normalize(
         activation.
 
     Raises:
-      TypeError: an array is not real floating point, `axis` is not an int, `residual` and `y`
-        differ in dtype, or `activation` is not callable.
-      ValueError: a vector does not have shape `[C]`, `axis` is out of range, `epsilon` is negative,
-        `residual` or `mask` does not fit `x`, `mask` holds values other than 0 and 1 (if it is
-        traced, the results are NaN), or `activation` is unknown or changes the shape.
+      TypeError: an array or `dtype` is not float16, bfloat16, float32 or float64, or `mask` is
+        complex.
+      TypeError: `axis` is not an int, `epsilon` is not a Python number, `activation` is neither a
+        string nor a function, or `residual` and `y` differ in dtype.
+      ValueError: `axis` is out of range, `x` has no channels, or `mean`, `var`, `scale`, `bias` or
+        `residual` does not fit `x`.
+      ValueError: `mask` does not broadcast against `x`, fits both its first and its last axes, or
+        holds values other than 0 and 1. If such a mask is traced, its values in `x` become NaN.
+      ValueError: `epsilon` is negative, or out of range of the dtype of the computation.
+      ValueError: `activation` is unknown, or changes the shape.
 
     Examples:
       >>> import jax.numpy as jnp, jaxbn
@@ -153,8 +158,13 @@ def batch_normalize(
         names. The batch then extends over all devices along it.
       axis_index_groups: groups of indices along the one axis `axis_name`, such as
         `[[0, 1], [2, 3]]`. Each group is a batch of its own.
-      virtual_batch_size: number of neighboring samples that are normalized together: ghost batch
-        norm. With `axis_name`, it counts the samples on each device. None for the whole batch.
+      virtual_batch_size: number of samples that are normalized together: ghost batch norm. None for
+        the whole batch. Samples lie along the first axis of `x` that is not the channel axis, and
+        `virtual_batch_size` must divide their number. Each block of consecutive samples is
+        normalized by its own moments; with a `mask`, by those of its values that count. Under
+        `jax.shard_map`, `jax.pmap` and `jax.vmap`, `x` holds the samples of one device. With
+        `axis_name`, block i of all devices is one batch; see `docs/distributed.md#groups`. A block
+        with one value per channel is an error.
       mask: True, or 1, where a value counts; broadcasts against `x`. Masked entries, even NaN,
         never affect a result or a derivative; the output there is zero.
       activation: None, "relu", "leaky_relu", "silu" or "gelu" (as in `jax.nn`), or a function that
@@ -176,10 +186,29 @@ def batch_normalize(
         `update_batch_stats`. Both are differentiable to any order, in forward and reverse mode.
 
     Raises:
-      TypeError: `keep_output` is not a bool; see also `normalize`.
-      ValueError: there is one value per channel, `epsilon` is not positive, `virtual_batch_size`
-        does not divide the number of samples, `axis_index_groups` does not divide the indices, or
-        `keep_output` is given with another activation or a residual; see also `normalize`.
+      TypeError: an array or `dtype` is not float16, bfloat16, float32 or float64, `mask` is
+        complex, or `renorm` is given with `stats` narrower than float32.
+      TypeError: `axis` is not an int, `epsilon` is not a Python number, `activation` is neither a
+        string nor a function, `residual` and `y` differ in dtype, `renorm` is not a `Renorm`, its
+        `stats` are not `BatchStats`, or `keep_output` is not a bool that is known when traced.
+      ValueError: `x`, or a block of `virtual_batch_size` samples, has one value per channel, with
+        or without a mask, and no other device shares the batch. If a mask leaves one of several
+        values, `y` is the bias there.
+      ValueError: `axis` is out of range, `x` has no channels, or `scale`, `bias`, `residual` or
+        `stats` does not fit `x`.
+      ValueError: `mask` does not broadcast against `x`, fits both its first and its last axes, or
+        holds values other than 0 and 1. If such a mask is traced, its values in `x` become NaN.
+      ValueError: `epsilon` is not positive, or out of range of the dtype of the computation.
+      ValueError: `virtual_batch_size` is not an int of at least 1, or does not divide the number of
+        samples. If the type of `x` spreads the samples over devices, it must divide the number on
+        each device.
+      ValueError: `axis_name` names an axis twice; `axis_index_groups` does not hold each index
+        once, in groups of one size, or is given for no axis or several.
+      ValueError: `activation` is unknown, or changes the shape.
+      ValueError: `keep_output` is given with another activation, with a residual, or with a `scale`
+        or `bias` of shape `[N, C]`.
+      ValueError: `renorm` is given without `stats`, or a limit that its schedule returns is out of
+        range. If it is traced, the results are NaN.
       NameError: `axis_name` is not bound.
       NotImplementedError: `axis_index_groups` is given for an axis of `jax.vmap`, or `axis_name` is
         an axis of `jax.vmap` inside `jax.shard_map` with `check_vma=True`.

@@ -16,9 +16,9 @@ def weight_decay_mask(params: Any) -> Any:
     does not keep weights small. The rule looks at the name of a leaf, the last one on its path:
 
         scale, offset, gamma, beta   False
-        weight          True unless it is a vector, or has the shape of the `bias` beside it, as in
+        weight          True unless it is a vector, or has the shape of the bias beside it, as in
                         normalization layers of Equinox
-        bias            True if a `kernel` or a `weight` to decay stands beside it, and False if not
+        bias            True if a kernel or a weight to decay stands beside it, and False if not
         any other       True
 
     A `bias` beside a `kernel` belongs to a dense layer or a convolution. To decay no vectors at

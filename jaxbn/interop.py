@@ -8,8 +8,9 @@ Bessel's correction and momentum belong to updates, not to values. With m for th
 **old** statistics, which these libraries call `momentum` or `decay_rate`, `jaxbn.batch_norm`
 continues the updates of each library with these arguments:
 
-    Flax, Keras, Equinox "ema", ONNX  momentum=1 − m,                                unbiased=False
-    Haiku, Equinox "batch"            momentum=(1 − m) / (1 − m**(stats.count + 1)), unbiased=False
+    Flax, Keras 3, Equinox "ema", ONNX momentum=1 − m,                                unbiased=False
+    Keras 2, images                    momentum=1 − m,                                unbiased=True
+    Haiku, Equinox "batch"             momentum=(1 − m) / (1 − m**(stats.count + 1)), unbiased=False
 
 Haiku and Equinox's mode "batch" average from zero, and divide by the sum of the weights. Flax needs
 no converter: use `BatchStats.from_mapping({**batch_stats, "count": 0})`.

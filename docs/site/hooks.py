@@ -1,9 +1,10 @@
 """Brings Markdown files outside of docs/ onto the site, and turns links to files into links of it.
 
 In the repository every link leads to a file. On the site some files have another place, and files
-without one are shown by the repository's host.
+without one are shown by the repository's host. Names of the library link to the API reference.
 """
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -23,6 +24,21 @@ PAGES = {
 FIGURES = "benchmarks/results/*.png"
 LINK = re.compile(r"(?<=]\()[^)#:\s]+")  # the path in a relative link
 CODE = re.compile(r"`[^`\n]+`")
+
+API = {page.stem: page.read_text() for page in (ROOT / "docs/api").glob("*.md")}
+NAMES = {name for text in API.values() for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
+NAMES -= {name.rpartition(".")[0] for name in NAMES}  # modules
+ROWS = re.findall(r"^\| (`.*?) \|", API["index"], re.MULTILINE)
+TYPES = {name for row in ROWS for name in re.findall(r"\w+", row)}
+# Names and pages in code, but not in elements that are links, or should not be.
+MENTION = re.compile(
+    r"<(?P<other>a|b|h\d|pre)\b.*?</(?P=other)>"
+    r"|<code>(?:docs/(?P<file>\w+\.md)(?:#(?P<anchor>[\w-]+))?|(?P<name>[\w.]+))</code>",
+    re.DOTALL,
+)
+TYPE = re.compile(r'<autoref identifier="(?P<path>[\w.]*?)(?P<name>\w+)"[^>]*>[^<]*</autoref>')
+CELL = re.compile(r"<td>(?:<code>\w+</code>(?:, )?)+</td>")
+log = logging.getLogger("mkdocs.hooks")
 
 
 def place_of(path: str) -> str:
@@ -60,3 +76,44 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     markdown = CODE.sub(lambda code: code[0].replace(r"\|", "|"), markdown)
     return LINK.sub(rewritten, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links names of the library to the reference, and types in signatures to the table of types.
+
+    The reference leaves out the module of many names.
+    """
+    folder, _, module = page.file.src_uri.removesuffix(".md").rpartition("/")
+    reference = folder == "api"
+
+    def address(path: str, anchor: str) -> str | None:
+        file = files.get_file_from_path(path)
+        return f"{file.url_relative_to(page.file)}#{anchor}" if file else None
+
+    def with_type(found: re.Match[str]) -> str:
+        path, name = found["path"], found["name"]
+        own = path.startswith("jaxbn.")
+        if own and {path + name, f"jaxbn.{name}"} & NAMES:
+            return found[0]
+        if name in TYPES:
+            return f'<a class="autorefs" href="{address("api/index.md", name)}">{name}</a>'
+        if own and name[0].isupper():
+            log.warning("%s: the table of types lacks %s", page.file.src_uri, name)
+        return found[0]
+
+    def with_link(found: re.Match[str]) -> str:
+        if found["file"]:
+            href = address(found["file"], found["anchor"] or "")
+            return f'<a href="{href}">{found[0]}</a>' if href else found[0]
+        names = [found["name"]]
+        if reference and found["name"]:
+            names += [f"jaxbn.{module}.{found['name']}"]
+            if module == "functions" or found["name"][0].isupper():
+                names += [f"jaxbn.{found['name']}"]
+        known = next((name for name in names if name in NAMES), None)
+        return f'<autoref identifier="{known}">{found[0]}</autoref>' if known else found[0]
+
+    if reference:
+        html = TYPE.sub(with_type, html)
+        html = CELL.sub(lambda cell: re.sub(r"<code>(\w+)", r'<code id="\1">\1', cell[0]), html)
+    return MENTION.sub(with_link, html)

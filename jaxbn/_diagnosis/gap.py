@@ -49,7 +49,7 @@ class Finding(NamedTuple):
     """One cause of a gap between the modes.
 
     Attributes:
-      kind: short name of the cause, such as "momentum".
+      kind: short name of the cause, such as "momentum". `docs/evaluation.md#symptoms` lists all.
       layers: paths of the layers that show it.
       numbers: measured values, by name.
       problem: what is wrong.

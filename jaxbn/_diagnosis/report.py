@@ -14,14 +14,17 @@ CONSTANT = 1e-6  # a standard deviation below this part of the mean is a float32
 class LayerReport(NamedTuple):
     """The report of one batch norm. All drifts are NaN for a layer that no batch reached.
 
+    In the formulas, m and v are the running mean and variance of a channel, m' and v' are the mean
+    and variance of the batches, and E averages over the channels with finite statistics.
+
     Attributes:
       channels: number of channels.
       batches: number of batches in the running statistics; None if it is not kept.
       mean_drift: distance between running and batch means, in standard deviations of the batch:
         `√E[(m − m')²/(v' + epsilon)]`.
-      var_drift: distance between running and batch variances, as a factor: `exp √E[ln²(v/v')]`,
-        each with epsilon. 1 means no drift.
-      worst: largest drift of the mean of a channel.
+      var_drift: distance between running and batch variances, as a factor:
+        `exp √E[ln²((v + epsilon)/(v' + epsilon))]`. 1 means no drift.
+      worst: largest drift of the mean of a channel: `max |m − m'|/√(v' + epsilon)`.
       dead: number of channels that are constant, or that scale and bias put more than four standard
         deviations below zero, where ReLU passes nothing.
       offset: largest `|mean|/std` of a channel. `E[x²] − E[x]²` loses digits if it is large.

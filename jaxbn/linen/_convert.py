@@ -41,8 +41,9 @@ def converted(
     the innermost one applies.
 
     Args:
-      classes: classes to convert: Flax's own, copies of it, subclasses that change nothing but
-        defaults, or `jaxbn.linen.BatchNorm` itself. A module is converted if its class is exactly
+      classes: classes to convert; by default, `flax.linen.BatchNorm`. They may be Flax's own class,
+        copies of it, subclasses that change nothing but defaults, or `jaxbn.linen.BatchNorm`
+        itself. A module is converted if its class is exactly
         one of these. Fields that a class lacks take Flax's defaults. A class that is not Flax's
         creates its variables itself in initialization.
       **fields: fields of `jaxbn.linen.BatchNorm` to set in all modules, such as `axis_name`,
@@ -81,7 +82,7 @@ def convert(
 
     Args:
       model: a Linen module that is not bound to variables.
-      classes: as for `converted`.
+      classes: as for `converted`; by default, `flax.linen.BatchNorm`.
       **fields: as for `converted`.
 
     Returns:

@@ -78,9 +78,9 @@ class BatchNorm(nn.Module):
         keeps the shape.
       skip_nonfinite: whether a channel keeps its running statistics if the batch has NaN or
         infinity in it; a bool, traced or not.
-      virtual_batch_size: number of neighboring samples that are normalized together in training
-        mode: ghost batch norm. With `axis_name`, it counts the samples on each device. The merged
-        moments go into the running statistics. None for the whole batch.
+      virtual_batch_size: number of consecutive samples that are normalized together in training
+        mode, on each device: ghost batch norm. It must divide the number of samples. The merged
+        moments go into the running statistics. None for the whole batch. See `jaxbn.batch_norm`.
       update_stats: whether the batch updates the running statistics; None means in training mode
         only.
       train_affine: whether gradients reach `scale` and `bias`.

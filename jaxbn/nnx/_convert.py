@@ -56,8 +56,9 @@ def convert(
       model: a module, which is changed, or a batch norm itself.
       to: class to convert to: `BatchNorm`, `BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d` of
         `jaxbn.nnx`, or `flax.nnx.BatchNorm` for the way back. None for `BatchNorm`.
-      classes: classes to convert: Flax's own, copies of it, and subclasses that change nothing but
-        defaults. A layer is converted if its class is exactly one of these.
+      classes: classes to convert; by default, `flax.nnx.BatchNorm`. They may be Flax's own class,
+        copies of it, and subclasses that change nothing but defaults. A layer is converted if its
+        class is exactly one of these.
       **fields: fields of the class `to` to set in all layers, such as `axis_name`,
         `virtual_batch_size`, `skip_nonfinite` or `renorm`.
 

@@ -39,8 +39,8 @@ def report(model: nnx.Module, batches: Any, *, call: Call = _called) -> Report:
       model: a module, which does not change.
       batches: training batches: a list or another iterable of batches, or one batch, which is an
         array, a tuple or a dict. Each runs through a copy of the model in training mode.
-      call: function `(model, batch)` that calls the model as training does, with masks; by default
-        `model(batch)`. The mode is already set.
+      call: function `(model, batch)` that calls the model as training does, with masks. The mode is
+        already set. The default calls `model(batch)`.
 
     Returns:
       A `Report`: for each path a `LayerReport`, in the order of the model. `str` makes a table.

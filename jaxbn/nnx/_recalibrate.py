@@ -130,8 +130,8 @@ def recalibrate(
       batches: an iterable of batches, which are trees of arrays. `sequential` takes several passes,
         and needs a list, or an object that can be iterated again.
       call: function `(model, batch)` that runs the model:
-        `lambda model, batch: model(batch["image"])`; by default `model(batch)`. It is traced and
-        compiled once for each shape of a batch.
+        `lambda model, batch: model(batch["image"])`. The default calls `model(batch)`. It is traced
+        and compiled once for each shape of a batch.
       where: which batch norms to recalibrate, a filter of NNX as for `freeze`. The others keep
         their statistics.
       sequential: whether the layers below normalize by the new statistics. By default, each batch

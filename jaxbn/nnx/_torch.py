@@ -175,9 +175,9 @@ class BatchNorm1d(_TorchBatchNorm):
         infinity in it; a bool, traced or not.
       axis_index_groups: groups of indices along the one axis `axis_name`, such as
         `[[0, 1], [2, 3]]`. Each group is a batch of its own.
-      virtual_batch_size: number of neighboring samples that are normalized together in training
-        mode: ghost batch norm. With `axis_name`, it counts the samples on each device. The merged
-        moments go into the running statistics. None for the whole batch.
+      virtual_batch_size: number of consecutive samples that are normalized together in training
+        mode, on each device: ghost batch norm. It must divide the number of samples. The merged
+        moments go into the running statistics. None for the whole batch. See `jaxbn.batch_norm`.
       update_stats: whether the batch updates the running statistics; None means in training mode
         only.
       train_affine: whether gradients reach `scale` and `bias`.
@@ -218,8 +218,8 @@ class BatchNorm1d(_TorchBatchNorm):
 class BatchNorm2d(_TorchBatchNorm):
     """Batch norm over `(N, C, H, W)`, with the constructor of `torch.nn.BatchNorm2d`.
 
-    Arguments, formulas and variables are those of `BatchNorm1d`. With `axis=-1`, the layout is
-    `(N, H, W, C)`.
+    Arguments, formulas and variables are those of `BatchNorm1d`; its entry explains
+    them. With `axis=-1`, the layout is `(N, H, W, C)`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -239,8 +239,8 @@ class BatchNorm2d(_TorchBatchNorm):
 class BatchNorm3d(_TorchBatchNorm):
     """Batch norm over `(N, C, D, H, W)`, with the constructor of `torch.nn.BatchNorm3d`.
 
-    Arguments, formulas and variables are those of `BatchNorm1d`. With `axis=-1`, the layout is
-    `(N, D, H, W, C)`.
+    Arguments, formulas and variables are those of `BatchNorm1d`; its entry explains
+    them. With `axis=-1`, the layout is `(N, D, H, W, C)`.
 
     Examples:
       >>> from flax import nnx

@@ -60,9 +60,11 @@ def from_state_dict(
     `bias=False`, `track_running_stats=False`) are missing in the results, too.
 
     Additions of wrappers to the keys are removed, unless `prefix` or a name contains them:
-    `module.` before all keys (`DataParallel`, `DistributedDataParallel`, `AveragedModel`,
-    whose `n_averaged` is ignored), and anywhere `_orig_mod.` (`torch.compile`) and
-    `_fsdp_wrapped_module.`.
+
+    - `module.` in front of all keys (`DataParallel`, `DistributedDataParallel`, and
+      `AveragedModel`, whose `n_averaged` is ignored);
+    - `_orig_mod.` (`torch.compile`), `_fsdp_wrapped_module.` (FSDP) and
+      `_checkpoint_wrapped_module.` (activation checkpointing), anywhere.
 
     Args:
       state_dict: a mapping of torch tensors, NumPy or JAX arrays, or the path of a `.safetensors`

@@ -1,8 +1,10 @@
-"""The API reference has each public name once."""
+"""The API reference has each public name once, and what docstrings refer to is there."""
 
 import ast
 import pathlib
 import re
+
+from jaxbn._diagnosis.texts import TEXTS
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMESPACES = {
@@ -28,3 +30,18 @@ def test_each_public_name_is_on_one_page():
     assert len(names) > 40
     assert sorted({*shown} - {"jaxbn"}) == sorted(names | {*NAMESPACES} - {"jaxbn"})
     assert len(shown) == len({*shown})
+
+
+def test_docstrings_name_pages_and_headings_that_exist():
+    sources = "".join(source.read_text() for source in (ROOT / "jaxbn").rglob("*.py"))
+    named = set(re.findall(r"`(docs/\w+\.md)#([\w-]+)`", sources))
+    assert len(named) >= 2
+    for page, anchor in named:
+        headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w-]", "", h.lower().replace(" ", "-")) for h in headings]
+
+
+def test_the_guide_lists_every_kind_of_finding():
+    symptoms = (ROOT / "docs/evaluation.md").read_text().partition("## Symptoms")[2]
+    symptoms = symptoms.partition("\n## ")[0]
+    assert [kind for kind in TEXTS if f"`{kind}`" not in symptoms] == []
