@@ -90,3 +90,10 @@ def write_csv(path: str, rows: Sequence[Mapping[str, Any]], about: Mapping[str, 
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path: str | pathlib.Path) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """The rows that `write_csv` wrote, as text, and what it said about the run."""
+    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    about = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    return list(csv.DictReader(line for line in lines if not line.startswith("#"))), about

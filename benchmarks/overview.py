@@ -7,7 +7,6 @@ which `compiled.traffic` writes.
 """
 
 import argparse
-import csv
 import warnings
 
 import matplotlib.pyplot as plt
@@ -17,23 +16,22 @@ from benchmarks import libraries, measuring
 from benchmarks.accuracy import numerics
 
 MEANS = (0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6)  # in standard deviations
-NAMES = {"jaxbn": "jaxbn", "Flax": "Flax", "torch": "torch", "haiku": "Haiku"}
-NAMES |= {"equinox": "Equinox", "keras": "Keras"}
-COLORS = {"jaxbn": "C0", "Flax": "C1", "torch": "C3", "Haiku": "C5", "Equinox": "C2", "Keras": "C4"}
+# Colors, by the names of `numerics.METHODS`.
+COLORS = {"jaxbn": "C0", "Flax": "C1", "torch": "C3", "haiku": "C5", "equinox": "C2", "keras": "C4"}
 
 
 def errors(ax: plt.Axes) -> None:
     """Error of the output over the mean of the data; NaN breaks the line."""
-    methods = {k: method for k, method in numerics.installed().items() if k in NAMES}
+    methods = {k: method for k, method in numerics.installed().items() if k in COLORS}
     data = {f"{mean:g}": numerics.sample(mean, 1.0) for mean in MEANS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = numerics.output_errors(methods, data)
-    for i, key in enumerate(methods):
-        name = NAMES[key]
+    for i, name in enumerate(methods):
         line = [row[i] for row in rows.values()]
-        wide = 3 if name == "jaxbn" else 1.5
-        ax.plot([max(m, 0.1) for m in MEANS], line, "o-", color=COLORS[name], lw=wide, label=name)
+        label = name.capitalize() if name in ("haiku", "equinox", "keras") else name
+        style = {"color": COLORS[name], "lw": 3 if name == "jaxbn" else 1.5, "label": label}
+        ax.plot([max(m, 0.1) for m in MEANS], line, "o-", **style)
     ax.set(xscale="log", yscale="log")
     ax.set_xticks([0.1, 1, 100, 1e4, 1e6], ["0", "1", "10²", "10⁴", "10⁶"])
     ax.minorticks_off()
@@ -45,8 +43,7 @@ def errors(ax: plt.Axes) -> None:
 
 def traffic(ax: plt.Axes) -> None:
     """Bytes of forward and backward pass, channels last, on an H100 in bfloat16."""
-    with open(measuring.RESULTS / "traffic.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    rows, _ = measuring.read_csv(measuring.RESULTS / "traffic.csv")
     chosen = {("device", "H100"), ("dtype", "bfloat16"), ("layout", "NHWC")}
     for i, (name, library) in enumerate((("jaxbn", "jaxbn"), ("Flax", "flax.linen"))):
         wanted = chosen | {("library", library)}

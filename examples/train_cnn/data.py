@@ -3,6 +3,7 @@
 import hashlib
 import pathlib
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -196,11 +197,11 @@ def _names(path: pathlib.Path, names: NDArray[Any]) -> tuple[str, ...]:
             f"{names.shape}"
         )
     found: list[str] = names.tolist()
-    for name in found:
-        if found.count(name) > 1 or not name.strip() or not name.isprintable():
+    for name, count in Counter(found).items():
+        if count > 1 or not name.strip() or not name.isprintable():
             raise DataError(
                 f"{path}: {CLASS_NAMES} must be distinct, printable and not empty; got {name!r}"
-                f"{' twice' if found.count(name) > 1 else ''}"
+                f"{' twice' if count > 1 else ''}"
             )
     return tuple(found)
 

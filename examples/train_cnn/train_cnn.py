@@ -335,14 +335,12 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parse(DESCRIPTION, arguments)
     check_comparison(flags, arguments)
     try:
-        if is_started_here(flags):
-            command = [sys.executable, __file__, *arguments]
-            others = processes.start_others(flags, command)
-            status = processes.joined(flags, PREFIX, lambda: train(flags, arguments))
-            return max([status, *(other.wait() != 0 for other in others)])
-        if flags.coordinator or flags.cluster:
-            return processes.joined(flags, PREFIX, lambda: train(flags, arguments))
-        return train(flags, arguments)
+        if not (is_started_here(flags) or flags.coordinator or flags.cluster):
+            return train(flags, arguments)
+        command = [sys.executable, __file__, *arguments]
+        others = processes.start_others(flags, command) if is_started_here(flags) else []
+        status = processes.joined(flags, PREFIX, lambda: train(flags, arguments))
+        return max([status, *(other.wait() != 0 for other in others)])
     except KeyboardInterrupt:  # if another program calls this
         fail(interruption.words)
         return interruption.STATUS

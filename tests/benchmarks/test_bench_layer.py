@@ -1,7 +1,6 @@
 """The benchmark of one layer: every library is called rightly, and the check is strict."""
 
 import collections
-import csv
 import importlib.util
 import itertools
 import shlex
@@ -182,9 +181,7 @@ def test_the_program(tmp_path, capsys, monkeypatch):
     ]
     monkeypatch.setattr("sys.argv", ["bench_layer.py", *arguments, "two words"])
     bench_layer.main(arguments)
-    lines = path.read_text().splitlines()
-    about = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    rows, about = measuring.read_csv(path)
     assert about["jax"] == jax.__version__
     assert shlex.split(about["command"])[2:] == [*arguments, "two words"]
     assert len(rows) == 3 * 3 * 2

@@ -1,13 +1,11 @@
 """The benchmarks on small sizes: what they time is right, and what is deterministic holds."""
 
-import csv
-
 import jax
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks import libraries, networks
+from benchmarks import libraries, measuring, networks
 from benchmarks.compiled import memory, step_memory
 from benchmarks.timing import bench_gpu, bench_network, layer_problems, small_layers
 
@@ -18,12 +16,6 @@ pytestmark = [
 ]
 
 
-def rows_of(path):
-    lines = path.read_text().splitlines()
-    about = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-    return about, list(csv.DictReader(line for line in lines if not line.startswith("#")))
-
-
 def test_the_network_benchmark(tmp_path, capsys):
     path = tmp_path / "rows.csv"
     bench_network.main(
@@ -32,7 +24,7 @@ def test_the_network_benchmark(tmp_path, capsys):
             *("--libraries", "jaxbn", "flax.linen", "--csv", str(path), "--plot", f"{path}.png"),
         ]
     )
-    _, rows = rows_of(path)
+    rows, _ = measuring.read_csv(path)
     losses = {row["library"]: float(row["first_loss"]) for row in rows}
     megabytes = {row["library"]: float(row["megabytes"]) for row in rows}
     assert losses["jaxbn"] == pytest.approx(losses["flax.linen"], rel=1e-3)
@@ -90,7 +82,7 @@ def test_small_layers_are_timed(tmp_path):
     small_layers.main(
         ["--repetitions", "2", "--compilations", "1", "--depth", "2", "--csv", str(path)]
     )
-    _, rows = rows_of(path)
+    rows, _ = measuring.read_csv(path)
     assert {row["library"] for row in rows} == set(small_layers.models(1))
     assert all(float(row["median"]) > 0 for row in rows)
 
@@ -98,7 +90,7 @@ def test_small_layers_are_timed(tmp_path):
 def test_the_gpu_benchmark_runs_without_one(tmp_path):
     path = tmp_path / "rows.csv"
     bench_gpu.main(["--device", "cpu", "--quick", "--dtypes", "float32", "--csv", str(path)])
-    _, rows = rows_of(path)
+    rows, _ = measuring.read_csv(path)
     assert {row["library"] for row in rows} == {"jaxbn", "flax.linen"}
     assert {row["passes"] for row in rows} == set(layer_problems.PASSES)
     assert all(float(row["error"]) < 2e-6 for row in rows)

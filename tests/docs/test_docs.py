@@ -11,12 +11,9 @@ import tomllib
 import jax
 import pretrained
 import pytest
+from helpers.reader import PAGES, PROGRAMS, ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"])
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-# torch.md: in test_state_dict.py; trainer.md: in test_data.py
-ELSEWHERE = (TUTORIAL, ROOT / "docs" / "torch.md", ROOT / "docs" / "trainer.md")
 OPTIONAL = ("equinox", "haiku", "keras", "onnx", "safetensors", "torch")
 
 
@@ -33,7 +30,7 @@ def snippets():
     found = {
         f"{page.relative_to(ROOT).with_suffix('')}, {i}": snippet
         for page in PAGES
-        if page not in ELSEWHERE
+        if page not in PROGRAMS
         for i, snippet in enumerate(blocks(page, "python"), 1)
     }
     for name in sorted(found, key=lambda name: trains(found[name])):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.reader import ROOT, importable
+from helpers.reader import PROGRAMS, ROOT, importable
 
 EXAMPLES = [*(ROOT / "examples").rglob("*.py")]
 # What they say themselves when it is needed.
@@ -78,7 +78,7 @@ def test_snippets_run_in_the_environment_of_the_readme(tmp_path):
     snippets = [
         snippet
         for page in sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-        if page.name not in ("tutorial.md", "torch.md", "trainer.md")  # programs of their own
+        if page not in PROGRAMS
         for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     ]
     chosen = [snippet for snippet in snippets if {*modules(snippet)} <= known]

@@ -15,6 +15,8 @@ import pytest
 from helpers import numpy_reference
 from helpers.reader import ROOT
 
+from benchmarks import measuring
+
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 
@@ -173,10 +175,11 @@ def fuses(run):
 
 def kept(library):
     """Bytes per element between the passes, from the committed measurement."""
-    rows = (ROOT / "benchmarks/results/memory.csv").read_text().splitlines()
+    rows, _ = measuring.read_csv(ROOT / "benchmarks/results/memory.csv")
     name = {"Flax": "flax.linen"}.get(library, library.lower())
-    (row,) = (row for row in rows if row.startswith(f"BN+ReLU,bfloat16,{name},"))
-    return f"{float(row.split(',')[3]):g}"
+    wanted = {"case": "BN+ReLU", "dtype": "bfloat16", "library": name}.items()
+    (row,) = (row for row in rows if wanted <= row.items())
+    return f"{float(row['kept']):g}"
 
 
 FEATURES = {

@@ -3,9 +3,8 @@
 import re
 
 import pytest
-from helpers.reader import ROOT
+from helpers.reader import PAGES, ROOT
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"])
 LONGEST = 120
 
 

@@ -10,6 +10,9 @@ import tomllib
 from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"])
+# The snippets of each are one program. Tests run it in test_docs, test_state_dict and test_data.
+PROGRAMS = [ROOT / "docs" / name for name in ("tutorial.md", "torch.md", "trainer.md")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
