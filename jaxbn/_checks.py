@@ -212,16 +212,17 @@ def checked_mask(
 def _check_mask_shape(mask: tuple[int, ...], x: tuple[int, ...], axis: int) -> None:
     """Refuses a mask that does not broadcast against `x`, or could mean two different axes."""
     ndim = len(mask)
-    fits = ndim <= len(x) and all(
-        m in (1, n) for m, n in zip(mask, x[len(x) - ndim :], strict=True)
-    )
-    if not fits:
+
+    def fits(axes: tuple[int, ...]) -> bool:
+        return all(m in (1, n) for m, n in zip(mask, axes, strict=True))
+
+    if ndim > len(x) or not fits(x[len(x) - ndim :]):
         raise ValueError(
             f"`mask` must broadcast against `x`; got shape {mask} for x.shape={x}. A mask of one "
             f"value per sample has shape {(x[0],) + (1,) * (len(x) - 1)}"
             + (f", of one per position {(*x[:axis], 1, *x[axis + 1 :])}." if len(x) > 2 else ".")
         )
-    if 0 < ndim < len(x) and mask == x[:ndim] and set(mask) != {1}:
+    if ndim < len(x) and fits(x[:ndim]) and math.prod(mask) != 1:
         raise ValueError(
             f"`mask` of shape {mask} fits both the first and the last axes of x.shape={x}. Give it "
             f"{len(x)} dimensions: {mask + (1,) * (len(x) - ndim)} for the first, "

@@ -546,6 +546,18 @@ CASES = {
         "`mask` of shape (3,) fits both the first and the last axes of x.shape=(3, 3). Give it 2 "
         "dimensions: (3, 1) for the first, (1, 3) for the last.",
     ),
+    "mask of samples or of positions": (
+        lambda: train(jnp.ones((5, 5, 3)), mask=jnp.ones((5, 1), bool)),
+        ValueError,
+        "`mask` of shape (5, 1) fits both the first and the last axes of x.shape=(5, 5, 3). Give "
+        "it 3 dimensions: (5, 1, 1) for the first, (1, 5, 1) for the last.",
+    ),
+    "mask of positions or of elements": (
+        lambda: infer(jnp.ones((2, 3, 3)), mask=jnp.ones((1, 3), bool)),
+        ValueError,
+        "`mask` of shape (1, 3) fits both the first and the last axes of x.shape=(2, 3, 3). Give "
+        "it 3 dimensions: (1, 3, 1) for the first, (1, 1, 3) for the last.",
+    ),
     "complex mask": (
         lambda: train(mask=jnp.ones((8, 1, 1, 1), jnp.complex64)),
         TypeError,
