@@ -245,9 +245,7 @@ def batch_normalize(
     # The user's own function sees the whole batch, not one group.
     whole = groups > 1 and is_own(activation)
     towards = limits(renorm, stats, x, axis, epsilon, wide)
-    form = form._replace(
-        grouped=groups > 1, dtype=wide if whole else dtype, keep_output=bool(keep_output)
-    )
+    form = form._replace(dtype=wide if whole else dtype, keep_output=bool(keep_output))
 
     def by_batch(
         x: jax.Array, mask: jax.Array | None, residual: jax.Array | None

@@ -1,9 +1,13 @@
-"""The channel axis and the reduced axes: a sum over these, and the way back."""
+"""The channel axis and the reduced axes: sums over these, and the way back."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+# Sums of arrays over every axis but one.
+Totals = Callable[[Sequence[jax.Array], int], list[jax.Array]]
 
 
 def reduced_axes(ndim: int, axis: int) -> tuple[int, ...]:
@@ -14,6 +18,11 @@ def reduced_axes(ndim: int, axis: int) -> tuple[int, ...]:
 def total(x: jax.Array, axis: int) -> jax.Array:
     """Sum of `x` over every axis but `axis`: shape `[C]`."""
     return x.sum(reduced_axes(x.ndim, axis))
+
+
+def totals(arrays: Sequence[jax.Array], axis: int) -> list[jax.Array]:
+    """The `total` of each array."""
+    return [total(x, axis) for x in arrays]
 
 
 def expand(vector: jax.Array, like: Any, axis: int) -> jax.Array:

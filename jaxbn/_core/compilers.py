@@ -1,28 +1,25 @@
 """Forms of the computation that suit one compiler, each with its reason.
 
-XLA's CPU compiler fuses a sum with the float32 arithmetic in front of it into one fast loop. It
-writes some intermediate results to memory: selections, conversions from float16 and bfloat16, and
-values that a sum shares with other code. `benchmarks/README.md` has the measurements, on the oldest
-and the newest JAX.
+XLA's CPU compiler makes no loop with two results. It writes to memory what two sums share, and most
+values that a sum needs: selections, conversions from float16 and bfloat16. `benchmarks/README.md`
+has the measurements, on the oldest and the newest JAX.
 """
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.custom_batching
 import jax.numpy as jnp
 
-from jaxbn._core.axes import expand, reduced_axes, total
+from jaxbn._core.axes import expand, totals
 from jaxbn._core.devices import spread
 
 # Number of elements up to which memory traffic does not matter. One form serves all platforms.
 SMALL = 2**15
-
-# A sum over every axis but one.
-Total = Callable[[jax.Array, int], jax.Array]
+# Largest number of pieces of a sum. XLA's CPU compiler fuses a value into a loop that uses it in up
+# to 15 places. Two sums use it twice per piece.
+PIECES = 7
 
 
 def is_small(x: Any) -> bool:
@@ -48,20 +45,6 @@ def apart(x: jax.Array, *platforms: str) -> jax.Array:
     return copy
 
 
-@jax.custom_batching.custom_vmap
-def everywhere(condition: jax.Array) -> jax.Array:
-    """Whether a condition holds in every channel; False under `jax.vmap`.
-
-    Under `jax.vmap`, a conditional would compute both branches.
-    """
-    return condition.all()
-
-
-@everywhere.def_vmap
-def _(axis_size: int, in_batched: Any, condition: jax.Array) -> tuple[jax.Array, bool]:
-    return jnp.array(False), False
-
-
 def written_out(like: Any, *vectors: jax.Array) -> tuple[jax.Array, ...]:
     """The vectors, each computed only once on a CPU, and so are their cotangents.
 
@@ -82,104 +65,102 @@ def written_out(like: Any, *vectors: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(stack)
 
 
-def total_in_pieces(x: jax.Array, axis: int) -> jax.Array:
-    """Sum of `x` over every axis but `axis`, fast on a CPU however `x` is computed.
-
-    One elementwise pass adds up pieces, `x[:, :p] + x[:, p:2p] + …`, together with the computation
-    of `x`, and leaves only a fraction to XLA's reduction.
-    """
-    pieces = _pieces(jax.typeof(x), axis)
-    if pieces == 1:
-        return total(x, axis)
-    x, axis = flattened(x, axis)
-    split = 3 - axis
-    size = x.shape[split] // pieces
-    parts = (jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=split) for i in range(pieces))
-    # Rounded, since the compiler would otherwise merge the additions into its reduction.
-    return total(rounded(functools.reduce(jnp.add, parts)), axis)
+def totals_in_pieces(arrays: Sequence[jax.Array], axis: int) -> list[jax.Array]:
+    """The sum of each array over every axis but `axis`: on a CPU, all of them in one loop."""
+    like = jax.typeof(arrays[0])
+    if not is_summed_in_pieces(like, axis):
+        return totals(arrays, axis)
+    zeros = [spread(jnp.zeros(like.shape[axis], x.dtype), jax.typeof(x)) for x in arrays]
+    transpose = jax.linear_transpose(lambda *v: _expanded_in_pieces(v, like, axis), *zeros)
+    return list(transpose(tuple(arrays)))
 
 
-def expand_tangent(vector: jax.Array, like: Any, axis: int, obstructed: bool) -> jax.Array:
-    """`expand` for a tangent. Its transpose is a sum, on a CPU in pieces if that is faster."""
-    if not sums_in_pieces(like, axis, obstructed):
-        return expand(vector, like, axis)
-    pieces = _pieces(like, axis)
+def expand_tangents(vectors: Sequence[jax.Array], like: Any, axis: int) -> tuple[jax.Array, ...]:
+    """`expand` for tangents. On a CPU, its transpose sums all cotangents in one loop."""
+    if not is_summed_in_pieces(like, axis):
+        return tuple(expand(v, like, axis) for v in vectors)
 
-    def whole(vector: jax.Array) -> jax.Array:
-        return jax.lax.broadcast_in_dim(vector, like.shape, (axis,))
+    def whole(*vectors: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jax.lax.broadcast_in_dim(v, like.shape, (axis,)) for v in vectors)
 
-    def in_pieces(vector: jax.Array) -> jax.Array:
-        shape, flat_axis = _flat(like.shape, axis)
-        split = 3 - flat_axis
-        shape[split] //= pieces
-        piece = rounded(jax.lax.broadcast_in_dim(vector, shape, (flat_axis,)))
-        return jnp.concatenate([piece] * pieces, split).reshape(like.shape)
+    def in_pieces(*vectors: jax.Array) -> tuple[jax.Array, ...]:
+        return _expanded_in_pieces(vectors, like, axis)
 
-    expanded: jax.Array = jax.lax.platform_dependent(
-        spread(vector, like), cpu=in_pieces, default=whole
+    expanded: tuple[jax.Array, ...] = jax.lax.platform_dependent(
+        *(spread(v, like) for v in vectors), cpu=in_pieces, default=whole
     )
     return expanded
 
 
-def sums_in_pieces(x: Any, axis: int, obstructed: bool) -> bool:
-    """Whether a CPU sums values computed from a batch of this type faster in pieces.
+def _expanded_in_pieces(
+    vectors: Sequence[jax.Array], like: Any, axis: int
+) -> tuple[jax.Array, ...]:
+    """The vectors, expanded to the shape of `like` so that the transpose is fast on a CPU.
 
-    A sum is obstructed if XLA's fast loop cannot compute it: under a mask, in `jax.vmap` over
-    groups, or if the input is computed from the output.
+    In the transpose, one elementwise loop computes the cotangents and adds up the pieces of each.
+    Its single result holds the partial sums side by side. XLA's reduction adds up these.
     """
-    return (obstructed or x.dtype.itemsize <= 2) and _pieces(x, axis) > 1
+    neighbors, parts = _pieces(like.shape, axis)
+    groups, size = like.shape[0] // neighbors, _positions(like.shape, axis) // parts
+    channels, number = like.shape[axis], len(vectors)
+    if axis == like.ndim - 1:
+        stack, dimensions, split = jnp.stack(vectors), (2, 3), 1
+        shape: tuple[int, ...] = groups, size, number, channels
+    else:
+        stack, dimensions, split = jnp.stack(vectors, 1), (1, 2), 2
+        shape = groups, channels, number, size
+    # Rounded, since the compiler would otherwise merge the additions into its reduction.
+    stack = rounded(jax.lax.broadcast_in_dim(stack, shape, dimensions))
+    expanded = []
+    for i in range(number):
+        piece = jax.lax.index_in_dim(stack, i, 2, keepdims=False)
+        sample = jnp.concatenate([piece] * parts, split).reshape(groups, *like.shape[1:])
+        expanded.append(jnp.stack([sample] * neighbors, 1).reshape(like.shape))
+    return tuple(expanded)
 
 
-def _pieces(x: Any, axis: int) -> int:
-    """Number of pieces into which a sum splits the positions of each sample; 1 for a single sum.
+def is_summed_in_pieces(x: Any, axis: int) -> bool:
+    """Whether a CPU sums a batch of this type in pieces."""
+    return _is_in_place(x, axis) and not is_small(x) and math.prod(_pieces(x.shape, axis)) > 1
 
-    Samples stay whole, since they may be spread over devices. Nothing is split if the type of `x`
-    says that it is spread.
+
+def _pieces(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
+    """Number of neighboring samples, and of parts of their positions, that are added up.
+
+    Neighbors stay together if the samples are spread over up to 8 devices.
     """
-    if is_small(x) or not _is_flat_in_place(x, axis):
-        return 1
-    shape, axis = _flat(x.shape, axis)
-    return next((n for n in range(8, 1, -1) if shape[3 - axis] % n == 0), 1)
+    samples, positions = shape[0] // math.gcd(8, shape[0]), _positions(shape, axis)
+    if axis == len(shape) - 1:
+        parts = _largest_divisor(positions, PIECES)
+        return _largest_divisor(samples, PIECES // parts), parts
+    neighbors = _largest_divisor(samples, PIECES)
+    return neighbors, _largest_divisor(positions, PIECES // neighbors)
+
+
+def _largest_divisor(size: int, limit: int) -> int:
+    return next(n for n in range(limit, 0, -1) if size % n == 0)
 
 
 def flattened(x: jax.Array, axis: int) -> tuple[jax.Array, int]:
     """`x` with the positions of each sample on one axis, if that moves no data, and its `axis`."""
-    if not _is_flat_in_place(jax.typeof(x), axis):
+    if x.ndim < 3 or not _is_in_place(jax.typeof(x), axis):
         return x, axis
-    shape, axis = _flat(x.shape, axis)
-    return x.reshape(shape), axis
+    samples, positions, channels = x.shape[0], _positions(x.shape, axis), x.shape[axis]
+    if axis == 1:
+        return x.reshape(samples, channels, positions), 1
+    return x.reshape(samples, positions, channels), 2
 
 
-def _is_flat_in_place(x: Any, axis: int) -> bool:
+def _is_in_place(x: Any, axis: int) -> bool:
     """Whether the positions of each sample are neighbors in memory, on one device."""
     return x.ndim > 1 and axis in (1, x.ndim - 1) and not is_placed(x)
 
 
-def _flat(shape: tuple[int, ...], axis: int) -> tuple[list[int], int]:
-    """The shape of a batch with the positions of each sample along one axis, and its `axis`.
-
-    If a sample has one position, 8 neighbors count as one sample. Their number must be a multiple
-    of 64, so that neighbors stay together on up to 8 devices.
-    """
-    if len(shape) == 2:
-        neighbors = 1 if shape[0] % 64 else 8
-        return [shape[0] // neighbors, neighbors, shape[1]], 2
-    positions = math.prod(shape[i] for i in reduced_axes(len(shape), axis)[1:])
-    if axis == 1:
-        return [shape[0], shape[1], positions], 1
-    return [shape[0], positions, shape[axis]], 2
+def _positions(shape: tuple[int, ...], axis: int) -> int:
+    """Number of positions of a sample."""
+    return math.prod(n for i, n in enumerate(shape) if i not in (0, axis))
 
 
 def is_placed(x: Any) -> bool:
     """Whether the type `x` says that its arrays are spread over devices."""
     return any(x.sharding.spec)
-
-
-def may_be_spread(x: jax.Array) -> bool:
-    """Whether the current mesh, or the type of `x`, has devices to spread `x` over.
-
-    A condition on all channels would then need one more collective.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = (mesh.shape[name] for name in mesh.axis_names if name not in mesh.manual_axes)
-    return math.prod(sizes) > 1 or is_placed(jax.typeof(x))

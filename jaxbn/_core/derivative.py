@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._activation import PIECEWISE_LINEAR, Activation
 from jaxbn._core.axes import expand
-from jaxbn._core.compilers import apart, expand_tangent, written_out
+from jaxbn._core.compilers import apart, expand_tangents, written_out
 from jaxbn._core.forward import Form, Operands, activated, applied, coefficients, inverted, seen
 from jaxbn._core.moments import Shifted, centered, means, shifted_moments, where_valid
 from jaxbn._core.renorm import corrected, correction
@@ -31,7 +31,7 @@ Outputs = tuple[jax.Array, Shifted, jax.Array]
 def normalize_by_batch(operands: Operands, form: Form) -> Outputs:
     """Batch norm in training mode: moments, coefficients, application."""
     x, mask, scale, *_ = operands
-    moments = shifted_moments(x, mask, form.axis, form.devices, scale.dtype, form.differentiated)
+    moments = shifted_moments(x, mask, form.axis, form.devices, scale.dtype)
     rstd = jax.lax.rsqrt(moments.var + form.epsilon)
     (operands,) = _renormalized(moments, rstd, operands)
     return activated(_preactivation(operands, moments, rstd, form), operands, form), moments, rstd
@@ -56,7 +56,7 @@ def _normalize_by_batch_jvp(
     form: Form, primals: tuple[Operands], tangents: tuple[Operands]
 ) -> tuple[Outputs, Outputs]:
     (operands,), (directions,) = primals, tangents
-    _, moments, rstd = normalize_by_batch(operands, form._replace(differentiated=True))
+    _, moments, rstd = normalize_by_batch(operands, form)
     # The backward pass keeps the arguments that it reads, and the array named `OUTPUT`.
     policy = jax.checkpoint_policies.save_only_these_names(OUTPUT)
     with_tangent = jax.checkpoint(
@@ -115,17 +115,14 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
     k, unit = written_out(x, scale * rstd, unit)
     like = jax.typeof(x)
     dx = where_valid(mask, directions.x).astype(rstd.dtype)
-    product = dx * expand(unit, like, form.axis) * _deviation(operands, outputs, form)
+    deviation = _deviation(operands, outputs, form)
+    product = dx * expand(unit, like, form.axis) * deviation
     means_dx = means((dx, product), count, form.axis, form.devices)
     mean_dx, mean_product = written_out(x, *means_dx)
     mean_dx_normalized = (mean_product - delta * mean_dx) * rest
     q = (directions.scale - k * mean_dx_normalized) * rest
     p = directions.bias - k * mean_dx - delta * q
-    # Subtracted again: XLA's CPU compiler would write one that `dx` shares to memory.
-    same = moments._replace(shift=apart(shift, "cpu"))
-    deviation = _deviation(operands, (y, same, rstd), form)
-    obstructed = mask is not None or form.grouped or form.keep_output
-    p, q = (expand_tangent(v, like, form.axis, obstructed) for v in (p, q * unit))
+    p, q = expand_tangents((p, q * unit), like, form.axis)
     terms = p + jnp.zeros_like(dx), deviation * q, expand(k, like, form.axis) * dx
     if form.activation in PIECEWISE_LINEAR and directions.residual is None:
         dy = _term_by_term(form.activation, terms, operands, outputs, form)

@@ -32,8 +32,6 @@ class Form(NamedTuple):
     dtype: np.dtype[Any]  # of the output
     devices: Devices = ALONE
     activation: Activation | None = None
-    differentiated: bool = False
-    grouped: bool = False  # one of several groups, under `jax.vmap`
     keep_output: bool = False  # for the backward pass, instead of the input
 
 

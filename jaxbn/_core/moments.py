@@ -10,25 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxbn._core.axes import expand, reduced_axes, total
-from jaxbn._core.compilers import (
-    Total,
-    apart,
-    everywhere,
-    flattened,
-    is_small,
-    may_be_spread,
-    rounded,
-    sums_in_pieces,
-    total_in_pieces,
-    written_out,
-)
-from jaxbn._core.devices import ALONE, Devices, gathered, names_in, spread, summed
+from jaxbn._core.axes import Totals, expand, reduced_axes, totals
+from jaxbn._core.compilers import flattened, is_small, rounded, totals_in_pieces, written_out
+from jaxbn._core.devices import ALONE, Devices, gathered, names_in, summed
 
 # Number of devices up to which one gather replaces two sums. It waits once, but grows with them.
 GATHERED = 16
-# Number of values whose sums have small, random rounding errors.
-ROW = 256
 # Number of entries of a mask that an int32 can count.
 COUNTED = 2**31 - 1
 # Stands for the first sample, among the parts of a batch.
@@ -48,25 +35,17 @@ class Shifted(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def shifted_moments(
-    x: jax.Array,
-    mask: jax.Array | None,
-    axis: int,
-    devices: Devices,
-    dtype: DTypeLike,
-    differentiated: bool = False,
+    x: jax.Array, mask: jax.Array | None, axis: int, devices: Devices, dtype: DTypeLike
 ) -> Shifted:
-    """Moments of `x` on all devices, in `dtype`; one collective on at most `GATHERED` devices.
-
-    Derivatives need an exact `delta`, since they add up `x − shift − delta` over the whole batch.
-    """
+    """Moments of `x` on all devices, in `dtype`; one collective on at most `GATHERED` devices."""
     masked, sharding = mask is not None, jax.typeof(x).sharding
     mesh, spec, vector = sharding.mesh, sharding.spec, PartitionSpec(sharding.spec[axis])
     split = names_in(spec[i] for i in reduced_axes(x.ndim, axis))
 
     def local(x: jax.Array, mask: jax.Array | None) -> Shifted:
-        moments = _local_moments(x, mask, axis, dtype, differentiated)
+        moments = _local_moments(x, mask, axis, dtype)
         # In the order of the mesh: every process must compile the same program.
         names = tuple(name for name in mesh.axis_names if name in split)
         return _merged_across(moments, masked, Devices(names))
@@ -87,12 +66,11 @@ def _shifted_moments_jvp(
     axis: int,
     devices: Devices,
     dtype: DTypeLike,
-    differentiated: bool,
     primals: tuple[jax.Array, jax.Array | None],
     tangents: tuple[jax.Array, object],
 ) -> tuple[Shifted, Shifted]:
     x, mask = primals
-    moments = shifted_moments(x, mask, axis, devices, dtype, True)
+    moments = shifted_moments(x, mask, axis, devices, dtype)
     dx = where_valid(mask, tangents[0]).astype(dtype)
     deviation = centered(x, mask, axis, moments.shift)
     mean_dx, mean_product = means((dx, dx * deviation), moments.count, axis, devices)
@@ -101,20 +79,14 @@ def _shifted_moments_jvp(
     return moments, constant._replace(delta=mean_dx, var=2 * covariance)
 
 
-def _local_moments(
-    x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike, differentiated: bool
-) -> Shifted:
-    """Moments of one device's part, in the form that suits its size, its dtype and the platform."""
+def _local_moments(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike) -> Shifted:
+    """Moments of one device's part, in the form that suits its size and the platform."""
     count = _count(x, mask, axis, dtype)
     about = functools.partial(_about_estimate, axis=axis)
     if is_small(x):
-        return about(x, mask, count, parts=(FIRST, 1), total=total_by_sample)
-    on_a_cpu = functools.partial(about, parts=(16, 4), total=total_in_pieces)
-    in_pieces = mask is not None or sums_in_pieces(jax.typeof(x), axis, obstructed=False)
-    rows = _rows(x, axis) if differentiated else ()
-    if not in_pieces and (rows or not differentiated) and not may_be_spread(x):
-        on_a_cpu = functools.partial(_about_zero, axis=axis, rows=rows, otherwise=on_a_cpu)
-    elsewhere = functools.partial(about, parts=(_some_sixteenth(x, axis),), total=total)
+        return about(x, mask, count, parts=(FIRST, 1), totals=totals_by_sample)
+    on_a_cpu = functools.partial(about, parts=(16, 4), totals=totals_in_pieces)
+    elsewhere = functools.partial(about, parts=(_some_sixteenth(x, axis),), totals=totals)
     choose: Callable[..., Shifted] = jax.lax.platform_dependent
     return choose(x, mask, count, cpu=on_a_cpu, default=elsewhere)
 
@@ -126,24 +98,23 @@ def _about_estimate(
     *,
     axis: int,
     parts: tuple[int, ...],
-    total: Total,
+    totals: Totals,
 ) -> Shifted:
     """Moments about an estimate K of the mean: `E[x − K]` and `E[(x − K)²] − E[x − K]²`.
 
     K is the mean of the first of the `parts`, and each further part corrects it. With a mask, every
     part consists of all valid entries.
     """
-    if mask is None and x.ndim > 2:
+    if mask is None:
         x, axis = flattened(x, axis)
     estimate = jnp.zeros(x.shape[axis], count.dtype)
     for part in parts:
         some = x if mask is not None else _part(x, axis, part)
         some_count = count if mask is not None else _count(some, None, axis, count.dtype)
-        (left,) = means((centered(some, mask, axis, estimate),), some_count, axis, total=total)
+        (left,) = means((centered(some, mask, axis, estimate),), some_count, axis, totals=totals)
         (estimate,) = written_out(x, rounded(estimate + rounded(left)))
-    # Subtracted twice: XLA's CPU compiler would write one that both sums use to memory.
-    deviation, same = (centered(x, mask, axis, v) for v in (estimate, apart(estimate, "cpu")))
-    delta, mean_square = means((deviation, jnp.square(same)), count, axis, total=total)
+    deviation = centered(x, mask, axis, estimate)
+    delta, mean_square = means((deviation, jnp.square(deviation)), count, axis, totals=totals)
     # Rounding may leave the variance of a constant channel just below zero.
     var = jnp.maximum(mean_square - jnp.square(delta), 0)
     if parts[-1] == 1:
@@ -151,39 +122,6 @@ def _about_estimate(
     # The mean itself is the better shift from here on.
     (shift,) = written_out(x, rounded(estimate + rounded(delta)))
     return Shifted(shift, (estimate - shift) + delta, var, count)
-
-
-def _about_zero(
-    x: jax.Array,
-    mask: None,
-    count: jax.Array,
-    *,
-    axis: int,
-    rows: tuple[int, ...],
-    otherwise: Callable[..., Shifted],
-) -> Shifted:
-    """Moments by `E[x²] − E[x]²` if that loses at most two bits, `E[x]² ≤ 3·var`, in all channels.
-
-    If it loses more, or if squares leave the range of floats, `otherwise` computes the moments.
-    With axes in `rows`, the mean is computed from the sums along them. `delta` is then exact, since
-    the rounding errors of many short sums cancel. Without `rows`, `delta` is zero.
-    """
-    wide = x.astype(count.dtype)
-    sums = wide.sum(rows, keepdims=True)
-    mean, mean_square = means((sums, jnp.square(wide)), count, axis)
-    var = mean_square - jnp.square(mean)
-    safe = (jnp.square(mean) <= 3 * var) & (var > 1e-25) & (var < 1e25)
-    shift, delta = mean, spread(jnp.zeros_like(mean), jax.typeof(mean))
-    if rows:
-        length, info = x.size // sums.size, jnp.finfo(mean.dtype)
-        # With so few bits, its product with the length is exact.
-        shift = jax.lax.reduce_precision(mean, info.nexp, info.nmant - length.bit_length())
-        (delta,) = means((sums - length * expand(shift, jax.typeof(x), axis),), count, axis)
-    plain = Shifted(shift, delta, var, count)
-    moments: Shifted = jax.lax.cond(
-        everywhere(safe), lambda x: plain, lambda x: otherwise(x, mask, count), x
-    )
-    return moments
 
 
 def merged(
@@ -239,10 +177,12 @@ def _merged_across(local: Shifted, masked: bool, devices: Devices) -> Shifted:
     return merged(Shifted(*jnp.moveaxis(stacked, 1, 0), *counts), added)
 
 
-def total_by_sample(x: jax.Array, axis: int) -> jax.Array:
-    """`total`, with each sample first. Compilers add small arrays one by one, and errors add up."""
-    positions = reduced_axes(x.ndim, axis)[1:]
-    return total(rounded(x.sum(positions, keepdims=True)) if positions else x, axis)
+def totals_by_sample(arrays: Sequence[jax.Array], axis: int) -> list[jax.Array]:
+    """`totals`, with each sample first. Compilers add small arrays one by one: errors add up."""
+    positions = reduced_axes(arrays[0].ndim, axis)[1:]
+    if positions:
+        arrays = [rounded(x.sum(positions, keepdims=True)) for x in arrays]
+    return totals(arrays, axis)
 
 
 def means(
@@ -250,10 +190,10 @@ def means(
     count: jax.Array,
     axis: int,
     devices: Devices = ALONE,
-    total: Total = total,
+    totals: Totals = totals,
 ) -> tuple[jax.Array, ...]:
     """The total of each array on all devices, divided by `count`; zero if the count is zero."""
-    sums = [total(x, axis) for x in arrays]
+    sums = totals(arrays, axis)
     if devices.names:
         sums = list(summed(jnp.stack(sums), devices))
     return tuple(value / jnp.maximum(count, 1) for value in sums)
@@ -332,12 +272,6 @@ def _some_sixteenth(x: jax.Array, axis: int) -> int:
     values = x.size // x.shape[axis]
     positions = values // x.shape[reduced_axes(x.ndim, axis)[0]]
     return values // 4097 if positions >= 16 and 1024 < values // 16 <= 4096 else 16
-
-
-def _rows(x: jax.Array, axis: int) -> tuple[int, ...]:
-    """The last axes of positions with at most `ROW` values together; none if one axis has more."""
-    axes = reduced_axes(x.ndim, axis)[1:]
-    return next((axes[i:] for i in range(len(axes)) if _size(x, axes[i:]) <= ROW), ())
 
 
 def _size(x: jax.Array, axes: Sequence[int]) -> int:
