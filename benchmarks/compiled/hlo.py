@@ -22,6 +22,7 @@ class Instruction(NamedTuple):
     opcode: str
     operands: tuple[str, ...]
     called: str | None
+    branches: tuple[str, ...]  # of a conditional, that of a true condition last
     number: int | None  # of a parameter
 
 
@@ -57,26 +58,38 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
-def cost(text: str) -> Cost:
+def cost(text: str, branch: int = -1) -> Cost:
     """Bytes read and written, kernels and collectives of the compiled module in `text`.
 
     Each top-level instruction is charged for its distinct operands and its output; an operand of
-    which it only reads slices, for these. Loops and conditionals raise ValueError.
+    which it only reads slices, for these. Of a conditional it is the branch of this number that
+    runs; that of a true condition is the last. Loops raise ValueError.
     """
-    computations, body = _parse(text)
+    computations, entry = _parse(text)
+    transferred, kernels = _executed(computations, entry, branch)
+    return Cost(transferred, kernels, len(collectives(text)))
+
+
+def _executed(
+    computations: dict[str, list[Instruction]], body: list[Instruction], branch: int
+) -> tuple[int, int]:
+    """Bytes and kernels of one execution of a computation."""
     sizes = {i.name: i.size for i in body}
-    transferred = kernels = 0
+    transferred = count = 0
     for i in body:
-        if i.opcode in ("while", "conditional"):
-            raise ValueError(f"The cost of a {i.opcode} depends on the data; got one.")
-        if i.opcode not in FREE and not i.opcode.endswith("-done"):
+        if i.opcode == "while":
+            raise ValueError("The cost of a loop depends on how often it runs; got a while.")
+        if i.opcode == "conditional":
+            inner, kernels = _executed(computations, computations[i.branches[branch]], branch)
+            transferred, count = transferred + inner, count + kernels
+        elif i.opcode not in FREE and not i.opcode.endswith("-done"):
             fused = computations.get(i.called or "", [])
             read = {
                 name: _read(fused, position, sizes.get(name, 0))
                 for position, name in enumerate(i.operands)
             }
-            transferred, kernels = transferred + i.size + sum(read.values()), kernels + 1
-    return Cost(transferred, kernels, len(collectives(text)))
+            transferred, count = transferred + i.size + sum(read.values()), count + 1
+    return transferred, count
 
 
 def _read(body: list[Instruction], position: int, size: int) -> int:
@@ -111,9 +124,13 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], list[Instruction]]:
 def _instruction(name: str, type_: str, opcode: str, rest: str) -> Instruction:
     arguments, _, attributes = rest.partition(")")
     called = re.search(r"(?:calls|to_apply)=%?([\w.-]+)", attributes)
+    listed = re.search(r"branch_computations=\{(.*?)\}", attributes)
+    branches = tuple(re.findall(r"[\w.-]+", listed[1])) if listed else ()
     number = int(arguments) if opcode == "parameter" else None
     operands = tuple(re.findall(r"%([\w.-]+)", arguments))
-    return Instruction(name, _bytes(type_), opcode, operands, called and called[1], number)
+    return Instruction(
+        name, _bytes(type_), opcode, operands, called and called[1], branches, number
+    )
 
 
 def _bytes(type_: str) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 
 from jaxbn._core.axes import expand, totals
@@ -43,6 +44,20 @@ def apart(x: jax.Array, *platforms: str) -> jax.Array:
     barriers = dict.fromkeys(platforms, jax.lax.optimization_barrier)
     copy: jax.Array = jax.lax.platform_dependent(x, **barriers, default=lambda x: x)
     return copy
+
+
+@jax.custom_batching.custom_vmap
+def everywhere(condition: jax.Array) -> jax.Array:
+    """Whether a condition holds in every channel; False under `jax.vmap`.
+
+    Under `jax.vmap`, a conditional would compute both branches.
+    """
+    return condition.all()
+
+
+@everywhere.def_vmap
+def _(axis_size: int, in_batched: Any, condition: jax.Array) -> tuple[jax.Array, bool]:
+    return jnp.array(False), False
 
 
 def written_out(like: Any, *vectors: jax.Array) -> tuple[jax.Array, ...]:
@@ -164,3 +179,13 @@ def _positions(shape: tuple[int, ...], axis: int) -> int:
 def is_placed(x: Any) -> bool:
     """Whether the type `x` says that its arrays are spread over devices."""
     return any(x.sharding.spec)
+
+
+def may_be_spread(x: jax.Array) -> bool:
+    """Whether the current mesh, or the type of `x`, has devices to spread `x` over.
+
+    A condition on all channels would then need one more collective.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = (mesh.shape[name] for name in mesh.axis_names if name not in mesh.manual_axes)
+    return math.prod(sizes) > 1 or is_placed(jax.typeof(x))

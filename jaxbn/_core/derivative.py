@@ -31,7 +31,7 @@ Outputs = tuple[jax.Array, Shifted, jax.Array]
 def normalize_by_batch(operands: Operands, form: Form) -> Outputs:
     """Batch norm in training mode: moments, coefficients, application."""
     x, mask, scale, *_ = operands
-    moments = shifted_moments(x, mask, form.axis, form.devices, scale.dtype)
+    moments = shifted_moments(x, mask, form.axis, form.devices, scale.dtype, form.differentiated)
     rstd = jax.lax.rsqrt(moments.var + form.epsilon)
     (operands,) = _renormalized(moments, rstd, operands)
     return activated(_preactivation(operands, moments, rstd, form), operands, form), moments, rstd
@@ -56,7 +56,7 @@ def _normalize_by_batch_jvp(
     form: Form, primals: tuple[Operands], tangents: tuple[Operands]
 ) -> tuple[Outputs, Outputs]:
     (operands,), (directions,) = primals, tangents
-    _, moments, rstd = normalize_by_batch(operands, form)
+    _, moments, rstd = normalize_by_batch(operands, form._replace(differentiated=True))
     # The backward pass keeps the arguments that it reads, and the array named `OUTPUT`.
     policy = jax.checkpoint_policies.save_only_these_names(OUTPUT)
     with_tangent = jax.checkpoint(

@@ -32,6 +32,7 @@ class Form(NamedTuple):
     dtype: np.dtype[Any]  # of the output
     devices: Devices = ALONE
     activation: Activation | None = None
+    differentiated: bool = False
     keep_output: bool = False  # for the backward pass, instead of the input
 
 

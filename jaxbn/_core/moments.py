@@ -11,8 +11,16 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxbn._core.axes import Totals, expand, reduced_axes, totals
-from jaxbn._core.compilers import flattened, is_small, rounded, totals_in_pieces, written_out
-from jaxbn._core.devices import ALONE, Devices, gathered, names_in, summed
+from jaxbn._core.compilers import (
+    everywhere,
+    flattened,
+    is_small,
+    may_be_spread,
+    rounded,
+    totals_in_pieces,
+    written_out,
+)
+from jaxbn._core.devices import ALONE, Devices, gathered, names_in, spread, summed
 
 # Number of devices up to which one gather replaces two sums. It waits once, but grows with them.
 GATHERED = 16
@@ -35,17 +43,25 @@ class Shifted(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
 def shifted_moments(
-    x: jax.Array, mask: jax.Array | None, axis: int, devices: Devices, dtype: DTypeLike
+    x: jax.Array,
+    mask: jax.Array | None,
+    axis: int,
+    devices: Devices,
+    dtype: DTypeLike,
+    differentiated: bool = False,
 ) -> Shifted:
-    """Moments of `x` on all devices, in `dtype`; one collective on at most `GATHERED` devices."""
+    """Moments of `x` on all devices, in `dtype`; one collective on at most `GATHERED` devices.
+
+    Derivatives need an exact `delta`, since they add up `x − shift − delta` over the whole batch.
+    """
     masked, sharding = mask is not None, jax.typeof(x).sharding
     mesh, spec, vector = sharding.mesh, sharding.spec, PartitionSpec(sharding.spec[axis])
     split = names_in(spec[i] for i in reduced_axes(x.ndim, axis))
 
     def local(x: jax.Array, mask: jax.Array | None) -> Shifted:
-        moments = _local_moments(x, mask, axis, dtype)
+        moments = _local_moments(x, mask, axis, dtype, differentiated)
         # In the order of the mesh: every process must compile the same program.
         names = tuple(name for name in mesh.axis_names if name in split)
         return _merged_across(moments, masked, Devices(names))
@@ -66,11 +82,12 @@ def _shifted_moments_jvp(
     axis: int,
     devices: Devices,
     dtype: DTypeLike,
+    differentiated: bool,
     primals: tuple[jax.Array, jax.Array | None],
     tangents: tuple[jax.Array, object],
 ) -> tuple[Shifted, Shifted]:
     x, mask = primals
-    moments = shifted_moments(x, mask, axis, devices, dtype)
+    moments = shifted_moments(x, mask, axis, devices, dtype, True)
     dx = where_valid(mask, tangents[0]).astype(dtype)
     deviation = centered(x, mask, axis, moments.shift)
     mean_dx, mean_product = means((dx, dx * deviation), moments.count, axis, devices)
@@ -79,13 +96,17 @@ def _shifted_moments_jvp(
     return moments, constant._replace(delta=mean_dx, var=2 * covariance)
 
 
-def _local_moments(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike) -> Shifted:
-    """Moments of one device's part, in the form that suits its size and the platform."""
+def _local_moments(
+    x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike, differentiated: bool
+) -> Shifted:
+    """Moments of one device's part, in the form that suits its size, its dtype and the platform."""
     count = _count(x, mask, axis, dtype)
     about = functools.partial(_about_estimate, axis=axis)
     if is_small(x):
         return about(x, mask, count, parts=(FIRST, 1), totals=totals_by_sample)
     on_a_cpu = functools.partial(about, parts=(16, 4), totals=totals_in_pieces)
+    if not differentiated and mask is None and x.dtype.itemsize > 2 and not may_be_spread(x):
+        on_a_cpu = functools.partial(_about_zero, axis=axis, otherwise=on_a_cpu)
     elsewhere = functools.partial(about, parts=(_some_sixteenth(x, axis),), totals=totals)
     choose: Callable[..., Shifted] = jax.lax.platform_dependent
     return choose(x, mask, count, cpu=on_a_cpu, default=elsewhere)
@@ -122,6 +143,25 @@ def _about_estimate(
     # The mean itself is the better shift from here on.
     (shift,) = written_out(x, rounded(estimate + rounded(delta)))
     return Shifted(shift, (estimate - shift) + delta, var, count)
+
+
+def _about_zero(
+    x: jax.Array, mask: None, count: jax.Array, *, axis: int, otherwise: Callable[..., Shifted]
+) -> Shifted:
+    """Moments by `E[x²] − E[x]²` if that loses at most two bits, `E[x]² ≤ 3·var`, in all channels.
+
+    If it loses more, or if squares leave the range of floats, `otherwise` computes the moments.
+    `delta` is zero, so the mean is rounded.
+    """
+    wide = x.astype(count.dtype)
+    mean, mean_square = means((wide, jnp.square(wide)), count, axis)
+    var = mean_square - jnp.square(mean)
+    safe = (jnp.square(mean) <= 3 * var) & (var > 1e-25) & (var < 1e25)
+    plain = Shifted(mean, spread(jnp.zeros_like(mean), jax.typeof(mean)), var, count)
+    moments: Shifted = jax.lax.cond(
+        everywhere(safe), lambda x: plain, lambda x: otherwise(x, mask, count), x
+    )
+    return moments
 
 
 def merged(

@@ -57,10 +57,37 @@ def test_the_counter():
     assert hlo.cost(whole).bytes == hlo.cost(MODULE).bytes - slice_ + 8 * 4 * 2
 
 
-@pytest.mark.parametrize("opcode", ["while", "conditional"])
-def test_the_counter_refuses_what_depends_on_data(opcode):
-    with pytest.raises(ValueError, match=f"The cost of a {opcode} depends on the data; got one"):
-        hlo.cost(MODULE.replace("multiply(", f"{opcode}("))
+CONDITIONAL = """
+HloModule example
+
+%no (p: f32[8,4]) -> f32[4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %square = f32[8,4]{1,0} multiply(%p, %p)
+  ROOT %sum = f32[4]{0} custom-call(%square)
+}
+
+%yes (q: f32[8,4]) -> f32[4] {
+  %q = f32[8,4]{1,0} parameter(0)
+  ROOT %sum.1 = f32[4]{0} custom-call(%q)
+}
+
+ENTRY %main (i: s32[], x: f32[8,4]) -> f32[4] {
+  %i = s32[] parameter(0)
+  %x = f32[8,4]{1,0} parameter(1)
+  ROOT %r = f32[4]{0} conditional(%i, %x, %x), branch_computations={%no, %yes}
+}
+"""
+
+
+def test_the_counter_takes_one_branch():
+    array, vector = 8 * 4 * 4, 4 * 4
+    assert hlo.cost(CONDITIONAL) == (array + vector, 1, 0)
+    assert hlo.cost(CONDITIONAL, branch=0) == (3 * array + vector, 2, 0)
+
+
+def test_the_counter_refuses_loops():
+    with pytest.raises(ValueError, match="The cost of a loop depends on how often it runs"):
+        hlo.cost(MODULE.replace("multiply(", "while("))
 
 
 @pytest.mark.slow
