@@ -335,10 +335,11 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parse(DESCRIPTION, arguments)
     check_comparison(flags, arguments)
     try:
-        if not (is_started_here(flags) or flags.coordinator or flags.cluster):
+        started_here = is_started_here(flags)
+        if not (started_here or flags.coordinator or flags.cluster):
             return train(flags, arguments)
         command = [sys.executable, __file__, *arguments]
-        others = processes.start_others(flags, command) if is_started_here(flags) else []
+        others = processes.start_others(flags, command) if started_here else []
         status = processes.joined(flags, PREFIX, lambda: train(flags, arguments))
         return max([status, *(other.wait() != 0 for other in others)])
     except KeyboardInterrupt:  # if another program calls this

@@ -5,6 +5,7 @@ values that a sum needs: selections, conversions from float16 and bfloat16. `ben
 has the measurements, on the oldest and the newest JAX.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -83,33 +84,29 @@ def written_out(like: Any, *vectors: jax.Array) -> tuple[jax.Array, ...]:
 def totals_in_pieces(arrays: Sequence[jax.Array], axis: int) -> list[jax.Array]:
     """The sum of each array over every axis but `axis`: on a CPU, all of them in one loop."""
     like = jax.typeof(arrays[0])
-    if not is_summed_in_pieces(like, axis):
+    if not _is_summed_in_pieces(like, axis):
         return totals(arrays, axis)
     zeros = [spread(jnp.zeros(like.shape[axis], x.dtype), jax.typeof(x)) for x in arrays]
-    transpose = jax.linear_transpose(lambda *v: _expanded_in_pieces(v, like, axis), *zeros)
-    return list(transpose(tuple(arrays)))
+    expanded = functools.partial(_expanded_in_pieces, like=like, axis=axis)
+    return list(jax.linear_transpose(expanded, *zeros)(tuple(arrays)))
 
 
 def expand_tangents(vectors: Sequence[jax.Array], like: Any, axis: int) -> tuple[jax.Array, ...]:
     """`expand` for tangents. On a CPU, its transpose sums all cotangents in one loop."""
-    if not is_summed_in_pieces(like, axis):
+    if not _is_summed_in_pieces(like, axis):
         return tuple(expand(v, like, axis) for v in vectors)
 
     def whole(*vectors: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jax.lax.broadcast_in_dim(v, like.shape, (axis,)) for v in vectors)
 
-    def in_pieces(*vectors: jax.Array) -> tuple[jax.Array, ...]:
-        return _expanded_in_pieces(vectors, like, axis)
-
+    in_pieces = functools.partial(_expanded_in_pieces, like=like, axis=axis)
     expanded: tuple[jax.Array, ...] = jax.lax.platform_dependent(
         *(spread(v, like) for v in vectors), cpu=in_pieces, default=whole
     )
     return expanded
 
 
-def _expanded_in_pieces(
-    vectors: Sequence[jax.Array], like: Any, axis: int
-) -> tuple[jax.Array, ...]:
+def _expanded_in_pieces(*vectors: jax.Array, like: Any, axis: int) -> tuple[jax.Array, ...]:
     """The vectors, expanded to the shape of `like` so that the transpose is fast on a CPU.
 
     In the transpose, one elementwise loop computes the cotangents and adds up the pieces of each.
@@ -134,7 +131,7 @@ def _expanded_in_pieces(
     return tuple(expanded)
 
 
-def is_summed_in_pieces(x: Any, axis: int) -> bool:
+def _is_summed_in_pieces(x: Any, axis: int) -> bool:
     """Whether a CPU sums a batch of this type in pieces."""
     return _is_in_place(x, axis) and not is_small(x) and math.prod(_pieces(x.shape, axis)) > 1
 
