@@ -231,32 +231,36 @@ def _updated(
     std_epsilon: float | None,
 ) -> BatchStats:
     dtype, count = stats.mean.dtype, jnp.asarray(stats.count)
-    kept, counted = jnp.array(True), jnp.array(True)
+    # The count stays at the largest integer, where adding one would overflow.
+    counted = count < jnp.array(jnp.iinfo(count.dtype).max, count.dtype)
+    kept: jax.Array | None = None  # None where every channel is kept
     if skip_nonfinite is not None:  # `any` needs all channels, on all devices
         finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
         kept = finite | jnp.logical_not(skip_nonfinite)
-        counted = kept.any()
-    # The count stays at the largest integer, where adding one would overflow.
-    counted &= count < jnp.array(jnp.iinfo(count.dtype).max, count.dtype)
+        counted &= kept.any()
     count += counted.astype(count.dtype)
-    batches = jnp.maximum(count, 1).astype(dtype)
-    factor = 1 / batches if momentum is None else jnp.asarray(momentum, dtype)
+    if momentum is None:
+        factor = 1 / jnp.maximum(count, 1).astype(dtype)
+    else:
+        factor = jnp.asarray(momentum, dtype)
     n = moments.count.astype(dtype)
     mean = moments.mean.astype(dtype)
     var = moments.var.astype(dtype)
     if unbiased:
         var = var * (n / jnp.maximum(n - 1, 1))
 
-    def folded(old: jax.Array, new: jax.Array, valid: jax.Array) -> jax.Array:
+    def folded(old: jax.Array, new: jax.Array, above: int = 0) -> jax.Array:
+        valid = n > above if kept is None else kept & (n > above)
         # Not a `where` of old and new: their channels may be on different devices.
         weight = factor * valid.astype(dtype)
         both = (1 - weight) * old + weight * jnp.where(valid, new, jnp.zeros((), dtype))
         return placed_like(both, old)
 
-    new_mean, valid = folded(stats.mean, mean, kept & (n > 0)), kept & (n > int(unbiased))
+    above = int(unbiased)
+    new_mean = folded(stats.mean, mean)
     if std_epsilon is None:
-        return BatchStats(new_mean, folded(stats.var, var, valid), count)
-    std = folded(jnp.sqrt(stats.var + std_epsilon), jnp.sqrt(var + std_epsilon), valid)
+        return BatchStats(new_mean, folded(stats.var, var, above), count)
+    std = folded(jnp.sqrt(stats.var + std_epsilon), jnp.sqrt(var + std_epsilon), above)
     return BatchStats(new_mean, jnp.maximum(jnp.square(std) - std_epsilon, 0), count)
 
 

@@ -91,19 +91,20 @@ def totals_in_pieces(arrays: Sequence[jax.Array], axis: int) -> list[jax.Array]:
     return list(jax.linear_transpose(expanded, *zeros)(tuple(arrays)))
 
 
-def expand_tangents(vectors: Sequence[jax.Array], like: Any, axis: int) -> tuple[jax.Array, ...]:
-    """`expand` for tangents. On a CPU, its transpose sums all cotangents in one loop."""
-    if not _is_summed_in_pieces(like, axis):
-        return tuple(expand(v, like, axis) for v in vectors)
+def expand_tangents(vectors: Sequence[jax.Array], like: jax.Array, axis: int) -> list[jax.Array]:
+    """The vectors in the shape of `like`. On a CPU, one loop computes all their cotangents."""
+    given = jax.typeof(like)
+    if is_placed(given):
+        return [expand(v, given, axis) + jnp.zeros_like(like) for v in vectors]
 
     def whole(*vectors: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jax.lax.broadcast_in_dim(v, like.shape, (axis,)) for v in vectors)
 
-    in_pieces = functools.partial(_expanded_in_pieces, like=like, axis=axis)
-    expanded: tuple[jax.Array, ...] = jax.lax.platform_dependent(
-        *(spread(v, like) for v in vectors), cpu=in_pieces, default=whole
-    )
-    return expanded
+    vectors = [spread(v, given) for v in vectors]
+    if not _is_summed_in_pieces(given, axis):
+        return list(whole(*vectors))
+    in_pieces = functools.partial(_expanded_in_pieces, like=given, axis=axis)
+    return list(jax.lax.platform_dependent(*vectors, cpu=in_pieces, default=whole))
 
 
 def _expanded_in_pieces(*vectors: jax.Array, like: Any, axis: int) -> tuple[jax.Array, ...]:

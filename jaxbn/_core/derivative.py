@@ -122,8 +122,8 @@ def _tangent(directions: Operands, operands: Operands, outputs: Outputs, form: F
     mean_dx_normalized = (mean_product - delta * mean_dx) * rest
     q = (directions.scale - k * mean_dx_normalized) * rest
     p = directions.bias - k * mean_dx - delta * q
-    p, q = expand_tangents((p, q * unit), like, form.axis)
-    terms = p + jnp.zeros_like(dx), deviation * q, expand(k, like, form.axis) * dx
+    p, q = expand_tangents((p, q * unit), dx, form.axis)
+    terms = p, deviation * q, expand(k, like, form.axis) * dx
     if form.activation in PIECEWISE_LINEAR and directions.residual is None:
         dy = _term_by_term(form.activation, terms, operands, outputs, form)
     else:

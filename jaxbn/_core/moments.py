@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
@@ -128,12 +129,19 @@ def _about_estimate(
     """
     if mask is None:
         x, axis = flattened(x, axis)
-    estimate = jnp.zeros(x.shape[axis], count.dtype)
-    for part in parts:
+
+    def mean_of(part: int, shift: jax.Array | None = None) -> jax.Array:
         some = x if mask is not None else _part(x, axis, part)
         some_count = count if mask is not None else _count(some, None, axis, count.dtype)
-        (left,) = means((centered(some, mask, axis, estimate),), some_count, axis, totals=totals)
-        (estimate,) = written_out(x, rounded(estimate + rounded(left)))
+        if shift is None:
+            values = widened(where_valid(mask, some), count.dtype)
+        else:
+            values = centered(some, mask, axis, shift)
+        return rounded(means((values,), some_count, axis, totals=totals)[0])
+
+    (estimate,) = written_out(x, mean_of(parts[0]))
+    for part in parts[1:]:
+        (estimate,) = written_out(x, rounded(estimate + mean_of(part, estimate)))
     deviation = centered(x, mask, axis, estimate)
     delta, mean_square = means((deviation, jnp.square(deviation)), count, axis, totals=totals)
     # Rounding may leave the variance of a constant channel just below zero.
@@ -236,7 +244,8 @@ def means(
     sums = totals(arrays, axis)
     if devices.names:
         sums = list(summed(jnp.stack(sums), devices))
-    return tuple(value / jnp.maximum(count, 1) for value in sums)
+    divisor = (np if isinstance(count, np.ndarray) else jnp).maximum(count, 1)
+    return tuple(value / divisor for value in sums)
 
 
 def centered(x: jax.Array, mask: jax.Array | None, axis: int, shift: jax.Array) -> jax.Array:
@@ -270,7 +279,10 @@ def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:
 def _count(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike) -> jax.Array:
     """Number of values of each channel; `[C]` with a mask, counted before it is broadcast."""
     if mask is None:
-        return jnp.asarray(x.size // x.shape[axis], dtype)
+        size = x.size // x.shape[axis]
+        # An array of NumPy adds no equation. The size may also be a symbol of `jax.export`.
+        count: jax.Array = (np if isinstance(size, int) else jnp).asarray(size, dtype)
+        return count
     axes = reduced_axes(x.ndim, axis)
     repeats = _size(x, [i for i in axes if mask.shape[i] == 1 != x.shape[i]])
     # An int32 holds the count of one sample, if not of all samples.
