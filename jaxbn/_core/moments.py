@@ -63,6 +63,7 @@ def shifted_moments(
 
     def local(x: jax.Array, mask: jax.Array | None) -> Shifted:
         moments = _local_moments(x, mask, axis, dtype, differentiated)
+        moments = moments._replace(count=jnp.asarray(moments.count))
         # In the order of the mesh: every process must compile the same program.
         names = tuple(name for name in mesh.axis_names if name in split)
         return _merged_across(moments, masked, Devices(names))

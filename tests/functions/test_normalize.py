@@ -45,6 +45,21 @@ def assert_expected(results, expected, n):
         assert error(actual, getattr(expected, name)) <= tolerance(dtype, n), name
 
 
+@pytest.mark.parametrize("shape", [(8, 4), (1, 4), (64, 16, 16, 4)])
+def test_moments_are_arrays_of_jax_outside_of_jit_too(shape):
+    x = jnp.asarray(sample(shape, 0, 2.0, 3.0), jnp.float32)
+    found = [jaxbn.batch_moments(x)]
+    if x.size > x.shape[-1]:
+        # A function of one's own is compiled with the step, not by itself.
+        found += [
+            jaxbn.batch_normalize(x, activation=own)[1] for own in (None, lambda z: jnp.tanh(z))
+        ]
+    for moments in found:
+        assert all(isinstance(v, jax.Array) for v in moments)
+        assert moments.count.dtype == np.float32
+        assert moments.count == x.size // x.shape[-1]
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("shape", "axis", "dtype"), CASES)
 def test_training(shape, axis, dtype):
