@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
@@ -63,7 +62,6 @@ def shifted_moments(
 
     def local(x: jax.Array, mask: jax.Array | None) -> Shifted:
         moments = _local_moments(x, mask, axis, dtype, differentiated)
-        moments = moments._replace(count=jnp.asarray(moments.count))
         # In the order of the mesh: every process must compile the same program.
         names = tuple(name for name in mesh.axis_names if name in split)
         return _merged_across(moments, masked, Devices(names))
@@ -245,7 +243,7 @@ def means(
     sums = totals(arrays, axis)
     if devices.names:
         sums = list(summed(jnp.stack(sums), devices))
-    divisor = (np if isinstance(count, np.ndarray) else jnp).maximum(count, 1)
+    divisor = jnp.maximum(count, 1)
     return tuple(value / divisor for value in sums)
 
 
@@ -280,10 +278,7 @@ def where_valid(mask: jax.Array | None, x: jax.Array) -> jax.Array:
 def _count(x: jax.Array, mask: jax.Array | None, axis: int, dtype: DTypeLike) -> jax.Array:
     """Number of values of each channel; `[C]` with a mask, counted before it is broadcast."""
     if mask is None:
-        size = x.size // x.shape[axis]
-        # An array of NumPy adds no equation. The size may also be a symbol of `jax.export`.
-        count: jax.Array = (np if isinstance(size, int) else jnp).asarray(size, dtype)
-        return count
+        return jnp.asarray(x.size // x.shape[axis], dtype)
     axes = reduced_axes(x.ndim, axis)
     repeats = _size(x, [i for i in axes if mask.shape[i] == 1 != x.shape[i]])
     # An int32 holds the count of one sample, if not of all samples.

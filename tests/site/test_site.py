@@ -85,4 +85,4 @@ def test_search(browser, address):
         page.get_by_role("textbox", name="Search").click()
         page.keyboard.type("batch_norm")
         found = "a[href*='/api/functions/'][href$='#jaxbn.batch_norm']"
-        page.locator(found).wait_for(state="attached")
+        playwright.expect(page.locator(found)).to_be_attached(timeout=30_000)
